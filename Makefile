@@ -1,0 +1,42 @@
+# Every target builds .venv first if it is missing, incomplete or older than pyproject.toml or constraints.txt.
+
+STAMP := .venv/.ready
+RUN := OMP_NUM_THREADS=1 .venv/bin/python -m
+
+# The first Python that is new enough and can make a virtual environment; else `python3`, and set-up says what is wrong.
+PYTHON = $(shell for p in python3 python3.13 python3.12 python3.11 python3.14 python; do \
+	$$p -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && exit; done; echo python3)
+
+# JupyterLab refuses to run as root, as in a container, unless told so.
+ROOT_FLAG = $(if $(filter 0,$(shell id -u)),--allow-root)
+
+.DEFAULT_GOAL := help
+.PHONY: help lab test book serve notebooks format clean
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' Makefile
+
+lab: $(STAMP)  ## open the book in JupyterLab; ARGS="--no-browser --port 8899" are passed on
+	@.venv/bin/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/book/intro.md $(ROOT_FLAG) $(ARGS)
+
+test: $(STAMP)  ## run every check: style, library, notebooks, site
+	@$(RUN) tools.check
+
+book: $(STAMP)  ## execute what has changed and build the site into site/
+	@$(RUN) tools.book build
+
+serve: $(STAMP)  ## show the site on this machine; ARGS="--port 8001" for another port
+	@$(RUN) tools.book serve $(ARGS)
+
+notebooks: $(STAMP)  ## write plain .ipynb copies of chapters and labs into notebooks/
+	@$(RUN) tools.book notebooks
+
+format: $(STAMP)  ## format the library, the tests and the cells of the chapters
+	@$(RUN) tools.lint --fix
+
+clean:  ## remove everything that the commands above made, .venv too
+	rm -rf .venv .venv.incomplete .executed .site site notebooks screenshots .pytest_cache .ruff_cache *.egg-info
+
+$(STAMP): pyproject.toml constraints.txt tools/setup.py
+	@command -v $(PYTHON) >/dev/null || { echo "polylib needs Python 3.11 or newer, and found no python3."; exit 1; }
+	@$(PYTHON) tools/setup.py

@@ -1,0 +1,26 @@
+"""polylib: methods and fused kernels for neural networks beyond the plain neuron, shared by the chapters of the book.
+
+Three kinds of module live here. `polylib.kernels` holds the fused GPU operations, one a file. `polylib.<part>` holds
+the methods of that part of the book, under the names of their chapters. `polylib.lab` holds what notebooks share:
+sweeps, claims, figures, training loops and data. Nothing heavy is imported before it is used.
+"""
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+
+__all__ = ["kernels", "lab", "neurons"]
+
+try:
+    __version__ = version("polylib")
+except PackageNotFoundError:  # a source tree that was not installed
+    __version__ = "0+unknown"
+
+
+def __getattr__(name: str) -> object:
+    if name in __all__:
+        return import_module(f"polylib.{name}")
+    raise AttributeError(f"module 'polylib' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

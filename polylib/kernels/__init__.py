@@ -1,0 +1,19 @@
+"""Fused GPU kernels in Triton, one operation a file, each with its definition in plain PyTorch beside it.
+
+How to read an op file (`quadratic_linear.py` is the first; all others keep its order):
+
+1. the docstring: the formula, the shapes and dtypes, what is saved for the backward pass and why, the source;
+2. `<op>_reference`: the definition in a few lines of PyTorch. It is what the kernels are tested against, and what
+   runs on a CPU;
+3. the Triton kernels, forward first. They accumulate in float32 and mask every edge, so that any shape works;
+4. the registration with `torch.library`, which is what makes `torch.compile`, `torch.func` and export work;
+5. the public function: it checks its arguments, then picks the kernels or the reference (`backend=`);
+6. `cost`: the least bytes and flops the operation can take, and `bench_cases`: what `polylib.kernels.bench` times.
+
+Everything imports and runs without a GPU and without Triton. With `TRITON_INTERPRET=1` set before the first import
+the kernels themselves run on CPU tensors, slowly: that is how they are tested where there is no GPU.
+"""
+
+from polylib.kernels.quadratic_linear import quadratic_linear, quadratic_linear_reference
+
+__all__ = ["quadratic_linear", "quadratic_linear_reference"]

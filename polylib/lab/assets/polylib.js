@@ -1,0 +1,125 @@
+// Draws the book's figures and sweeps in the built site: no kernel, no network, plotly.js from the site's own folder.
+(function () {
+  "use strict";
+
+  const here = document.currentScript.src;
+  const narrow = 560; // pixels; below this, panels are stacked
+
+  const theme = () => {
+    const chosen = document.documentElement.dataset.theme;
+    if (chosen === "dark" || chosen === "light") return chosen;
+    return window.matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
+  };
+
+  // A packed figure (see pack() in figures.py) back to plotly's form. Typed arrays stay in base64: plotly decodes them.
+  function unpack(content, number) {
+    const [skeleton, ...arrays] = content.figures[number];
+    let next = 0;
+    const fill = (value) => {
+      if (Array.isArray(value)) return value.map(fill);
+      if (value === null || typeof value !== "object") return value;
+      if (value.$) {
+        const array = { dtype: "f4", bdata: content.arrays[arrays[next++]] };
+        if (value.$.length === 2) array.shape = value.$.join(", ");
+        return array;
+      }
+      return Object.fromEntries(Object.entries(value).map(([key, item]) => [key, fill(item)]));
+    };
+    return fill(content.skeletons[skeleton]);
+  }
+
+  // Side-by-side panels become a column. Titles are in the coordinates of their panels, so they follow.
+  function stack(layout) {
+    const axes = Object.keys(layout).filter((key) => /^xaxis\d*$/.test(key) && layout[key].domain);
+    axes.sort((a, b) => layout[a].domain[0] - layout[b].domain[0]);
+    if (axes.length < 2) return;
+    const gap = 0.36 / axes.length;
+    const height = (1 - gap * (axes.length - 1)) / axes.length;
+    axes.forEach((key, row) => {
+      const top = 1 - row * (height + gap);
+      layout[key].domain = [0, 1];
+      layout[key.replace("x", "y")].domain = [top - height, top];
+    });
+    const base = layout.height || window.polylibTemplates.light.layout.height;
+    layout.height = base * axes.length * 0.85;
+    layout.legend = { ...layout.legend, y: 1 + 90 / layout.height };
+  }
+
+  function draw(place, figure) {
+    const layout = { ...figure.layout, template: window.polylibTemplates[theme()], autosize: true };
+    for (const key of Object.keys(layout)) if (/axis\d*$/.test(key)) layout[key] = { ...layout[key] };
+    if (place.clientWidth < narrow) {
+      stack(layout);
+      layout.margin = { l: 50, r: 10, t: 80, b: 50, ...layout.margin };
+    }
+    const options = { responsive: true, displaylogo: false, displayModeBar: false };
+    return window.Plotly.react(place, figure.data, layout, options);
+  }
+
+  const redraws = []; // what to do when the theme or the width changes
+
+  function mount(element) {
+    const content = JSON.parse(element.querySelector("script[type='application/json']").textContent);
+    const place = document.createElement("div");
+    place.className = "polylib-plot";
+    let number = 0;
+    if (element.classList.contains("polylib-sweep")) {
+      const controls = document.createElement("div");
+      controls.className = "polylib-controls";
+      const sliders = content.knobs.map((knob) => slider(controls, knob));
+      const move = () => {
+        number = sliders.reduce((at, input, k) => at * content.knobs[k].values.length + Number(input.value), 0);
+        sliders.forEach((input, k) => {
+          const value = content.knobs[k].values[input.value];
+          input.setAttribute("aria-valuetext", value);
+          input.nextElementSibling.textContent = value;
+        });
+        draw(place, unpack(content, number));
+      };
+      sliders.forEach((input) => input.addEventListener("input", move));
+      element.replaceChildren(controls, place);
+      move();
+    } else {
+      element.replaceChildren(place);
+      draw(place, unpack(content, 0));
+    }
+    redraws.push(() => draw(place, unpack(content, number)));
+  }
+
+  let serial = 0;
+  function slider(controls, knob) {
+    const id = `polylib-knob-${serial++}`;
+    const label = document.createElement("label");
+    label.htmlFor = id;
+    label.textContent = knob.label;
+    const input = document.createElement("input");
+    Object.assign(input, { type: "range", id, min: 0, max: knob.values.length - 1, step: 1 });
+    input.value = knob.start;
+    const output = document.createElement("output");
+    output.htmlFor = id;
+    controls.append(label, input, output);
+    return input;
+  }
+
+  function start() {
+    const elements = document.querySelectorAll(".polylib-figure, .polylib-sweep");
+    if (elements.length === 0) return;
+    const script = document.createElement("script");
+    script.src = new URL("plotly.min.js", here).href; // only pages with figures pay for it
+    script.onload = () => {
+      elements.forEach(mount);
+      const again = () => redraws.forEach((redraw) => redraw());
+      new MutationObserver(again).observe(document.documentElement, { attributes: true, attributeFilter: ["data-theme"] });
+      window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", again);
+      let wide = window.innerWidth < narrow;
+      window.addEventListener("resize", () => {
+        if (wide !== window.innerWidth < narrow) again();
+        wide = window.innerWidth < narrow;
+      });
+    };
+    document.head.append(script);
+  }
+
+  if (document.readyState === "loading") document.addEventListener("DOMContentLoaded", start);
+  else start();
+})();

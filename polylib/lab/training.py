@@ -1,0 +1,176 @@
+"""Training loops for small networks: one at a time, written to be read, and many at once, for sweeps."""
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, grad_and_value, stack_module_state, vmap
+
+from polylib.lab.data import Split
+from polylib.lab.progress_bar import progress
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+Schedule = Callable[[float], float]
+
+
+def constant(_: float) -> float:
+    """The schedule that leaves the learning rate alone."""
+    return 1.0
+
+
+def one_cycle(fraction: float, warmup: float = 0.3) -> float:
+    """The one-cycle schedule: from 1/25 of the peak up to it in the first `warmup` of training, then to zero.
+
+    Both halves are half periods of a cosine (Smith and Topin, 2017; the defaults of
+    `torch.optim.lr_scheduler.OneCycleLR`).
+
+    Args:
+        fraction: of the training that is over, from 0 to 1.
+    """
+    if fraction < warmup:
+        return 0.04 + 0.96 * 0.5 * (1 - math.cos(math.pi * fraction / warmup))
+    return 0.5 * (1 + math.cos(math.pi * (fraction - warmup) / (1 - warmup)))
+
+
+def batches(samples: int, batch_size: int, epochs: int, seed: int) -> Iterator[Tensor]:
+    """The indices of each mini-batch: every epoch is a new shuffle, and the last, incomplete batch of it is dropped."""
+    if not 1 <= batch_size <= samples:
+        raise ValueError(f"batch_size is {batch_size}; expected 1 to {samples}, the number of training samples")
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(epochs):
+        yield from torch.randperm(samples, generator=generator)[: samples - samples % batch_size].split(batch_size)
+
+
+def train(
+    model: nn.Module,
+    data: Split,
+    optimizer: torch.optim.Optimizer,
+    *,
+    epochs: int,
+    batch_size: int,
+    seed: int = 0,
+    schedule: Schedule = constant,
+    loss: Loss = F.cross_entropy,
+) -> dict[str, Tensor]:
+    """Train one network in place.
+
+    Args:
+        model: maps inputs `(batch, features)` to logits `(batch, classes)`.
+        optimizer: any torch optimizer over the parameters of `model`; each group's learning rate is multiplied by
+            `schedule(fraction of the training that is over)`.
+        seed: of the order of the mini-batches.
+
+    Returns:
+        `loss`, `(steps,)`: the loss of each mini-batch; `accuracy`, scalar: on the test part, at the end.
+    """
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    steps = epochs * (len(data.x_train) // batch_size)
+    losses = []
+    for step, index in enumerate(progress(batches(len(data.x_train), batch_size, epochs, seed), "training", steps)):
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * schedule(step / steps)
+        value = loss(model(data.x_train[index]), data.y_train[index])
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        losses.append(value.detach())
+    for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+        group["lr"] = peak
+    with torch.no_grad():
+        accuracy = (model(data.x_test).argmax(-1) == data.y_test).float().mean()
+    return {"loss": torch.stack(losses), "accuracy": accuracy}
+
+
+def train_many(
+    models: Sequence[nn.Module],
+    groups: Sequence[Sequence[dict[str, Any]]],
+    data: Split,
+    *,
+    epochs: int,
+    batch_size: int,
+    momentum: float = 0.0,
+    seeds: Sequence[int] | int = 0,
+    schedule: Schedule = constant,
+    loss: Loss = F.cross_entropy,
+) -> dict[str, Tensor]:
+    """Train K networks of one architecture by SGD in one batched pass, in place: `train`, K times, but several times
+    faster.
+
+    The parameters are stacked along a new first axis and the loss is mapped over it with `torch.func.vmap`, so that one
+    tensor operation serves all networks. A network that diverges does not disturb the others.
+
+    Args:
+        models: K modules that differ in nothing but the values of their parameters.
+        groups: for each model its parameter groups, as `torch.optim.SGD` takes them: `params`, `lr` and, if wanted,
+            `weight_decay`. Rates may differ between models and between groups.
+        seeds: of the order of the mini-batches, one for each model or one for all.
+
+    Returns:
+        `loss`, `(K, steps)`: the loss of each mini-batch; `accuracy`, `(K,)`: on the test part, at the end.
+
+    Raises:
+        ValueError: no models, as many groups or seeds as models are not given, or a trainable parameter is in no group.
+    """
+    if not models:
+        raise ValueError("models is empty; expected at least one")
+    seeds = [seeds] * len(models) if isinstance(seeds, int) else list(seeds)
+    for name, value in (("groups", groups), ("seeds", seeds)):
+        if len(value) != len(models):
+            raise ValueError(f"{name} has {len(value)} entries; expected one for each of the {len(models)} models")
+    rates, decays = _per_parameter(models, groups)
+    skeleton = copy.deepcopy(models[0]).to("meta")
+    parameters, buffers = stack_module_state(list(models))
+    parameters = {name: value.detach() for name, value in parameters.items()}
+    velocity = {name: torch.zeros_like(value) for name, value in parameters.items()}
+
+    def value(parameters: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return loss(functional_call(skeleton, (parameters, buffers), (x,)), y)
+
+    shared = 0 if len(set(seeds)) > 1 else None  # one order for all models: the inputs need no copy for each of them
+    gradient = vmap(grad_and_value(value), in_dims=(0, 0, shared, shared), randomness="different")
+    orders = [batches(len(data.x_train), batch_size, epochs, seed) for seed in (seeds if shared == 0 else seeds[:1])]
+    steps = epochs * (len(data.x_train) // batch_size)
+    losses = []
+    for step, index in enumerate(progress(zip(*orders, strict=True), f"training {len(models)} networks", steps)):
+        index = torch.stack(index) if shared == 0 else index[0]
+        gradients, values = gradient(parameters, buffers, data.x_train[index], data.y_train[index])
+        factor = schedule(step / steps)
+        for name, parameter in parameters.items():
+            velocity[name].mul_(momentum).add_(gradients[name] + decays[name] * parameter)
+            parameter.sub_(factor * rates[name] * velocity[name])
+        losses.append(values)
+    with torch.no_grad():
+        for k, model in enumerate(models):
+            for name, parameter in model.named_parameters():
+                parameter.copy_(parameters[name][k])
+        logits = vmap(lambda p, b: functional_call(skeleton, (p, b), (data.x_test,)))(parameters, buffers)
+    return {"loss": torch.stack(losses, 1), "accuracy": (logits.argmax(-1) == data.y_test).float().mean(-1)}
+
+
+def _per_parameter(
+    models: Sequence[nn.Module], groups: Sequence[Sequence[dict[str, Any]]]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Learning rate and weight decay of every parameter in every model, shaped to multiply the stacked parameter."""
+    rates: dict[str, list[float]] = {name: [] for name, _ in models[0].named_parameters()}
+    decays: dict[str, list[float]] = {name: [] for name in rates}
+    for k, (model, own) in enumerate(zip(models, groups, strict=True)):
+        group_of = {id(parameter): group for group in own for parameter in group["params"]}
+        for name, parameter in model.named_parameters():
+            group = group_of.get(id(parameter))
+            if group is None:
+                raise ValueError(f"groups[{k}] lacks the parameter {name!r} of models[{k}]")
+            rates[name].append(group["lr"])
+            decays[name].append(group.get("weight_decay", 0.0))
+    like = dict(models[0].named_parameters())
+
+    def shaped(values: list[float], parameter: Tensor) -> Tensor:
+        return torch.tensor(values, dtype=parameter.dtype, device=parameter.device).view(-1, *[1] * parameter.dim())
+
+    return (
+        {name: shaped(values, like[name]) for name, values in rates.items()},
+        {name: shaped(values, like[name]) for name, values in decays.items()},
+    )

@@ -1,0 +1,10 @@
+"""Neurons beyond the inner product: the methods of the book's first part."""
+
+from polylib.neurons.quadratic_networks import (
+    QuadraticConv2d,
+    QuadraticLinear,
+    relinear_param_groups,
+    relinear_shrink_,
+)
+
+__all__ = ["QuadraticConv2d", "QuadraticLinear", "relinear_param_groups", "relinear_shrink_"]

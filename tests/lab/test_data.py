@@ -1,0 +1,72 @@
+import random
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from polylib.lab import at_scale, digits, mnist1d, scale, shells, text
+
+
+@pytest.mark.parametrize(
+    ("make", "features", "classes"), [(digits, 64, 10), (shells, 8, 4), (lambda: mnist1d(500), 40, 10)]
+)
+def test_sets_are_standardised_and_repeatable(make, features, classes):
+    data = make()
+    assert data.features == features and data.classes == classes
+    assert data.x_train.dtype == torch.float32 and data.y_train.dtype == torch.int64
+    torch.testing.assert_close(data.x_train.mean(0), torch.zeros(features), atol=1e-5, rtol=0)
+    assert data.x_train.std(correction=0) == pytest.approx(1, abs=1e-4)
+    for one, other in zip(data, make(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_digits_splits_all_images_without_overlap():
+    data = digits(train=1000, seed=3)
+    assert len(data.x_train) == 1000 and len(data.x_test) == 797
+    assert not torch.equal(data.x_train[:10], digits(train=1000, seed=4).x_train[:10])
+
+
+def test_the_mnist1d_generator_leaves_the_global_generators_alone():
+    def draw():
+        return random.random(), np.random.rand()  # noqa: NPY002
+
+    def seed():
+        random.seed(1), np.random.seed(1)  # noqa: NPY002
+
+    seed()
+    expected = draw()
+    seed()
+    mnist1d(300)
+    assert draw() == expected
+
+
+def test_only_the_radius_tells_the_shells_apart():
+    data = shells()
+    radius = data.x_train.norm(dim=1)
+    order = [radius[data.y_train == k].mean() for k in range(4)]
+    assert all(a < b for a, b in pairwise(order))
+    assert data.x_train[data.y_train == 3].mean(0).abs().max() < 0.2
+
+
+def test_text_is_a_fair_amount_of_english():
+    assert len(text()) > 300_000 and "expression" in text()
+
+
+def test_scale_picks_the_largest_value_not_above_it(monkeypatch):
+    monkeypatch.delenv("POLYLIB_SCALE", raising=False)
+    assert scale() == "ci" and at_scale(1, 2, 3) == 1
+    monkeypatch.setenv("POLYLIB_SCALE", "gpu")
+    assert at_scale(1, 2, 3) == 3 and at_scale(1, 2) == 2 and at_scale(1) == 1
+    monkeypatch.setenv("POLYLIB_SCALE", "laptop")
+    assert at_scale(1, gpu=3) == 1
+    monkeypatch.setenv("POLYLIB_SCALE", "huge")
+    with pytest.raises(ValueError, match="huge"):
+        scale()
+
+
+def test_bad_sizes_raise():
+    with pytest.raises(ValueError, match="train is 1797"):
+        digits(train=1797)
+    with pytest.raises(ValueError, match="classes is 0"):
+        shells(classes=0)

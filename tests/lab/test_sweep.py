@@ -1,0 +1,208 @@
+import base64
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import joblib
+import numpy as np
+import plotly.graph_objects as go
+import pytest
+import torch
+
+from polylib.lab import Sweep
+
+KNOBS = {"slope": [0.5, 1.0, 2.0], "offset": [0, 1]}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("POLYLIB_CACHE", str(tmp_path / "cache"))
+
+
+def line(slope, offset):
+    x = np.linspace(0, 1, 20)
+    return {"x": x, "y": slope * x + offset}
+
+
+def draw(result):
+    return go.Figure(go.Scatter(x=result["x"], y=result["y"]))
+
+
+def content(page):
+    return json.loads(re.search(r'<script type="application/json">(.*?)</script>', page, re.S)[1].replace("<\\/", "</"))
+
+
+def test_html_holds_every_figure_of_the_grid_in_the_order_of_the_points():
+    sweep = Sweep(line, KNOBS, draw)
+    packed = content(sweep.html())
+    assert [knob["label"] for knob in packed["knobs"]] == ["slope", "offset"]
+    assert [knob["values"] for knob in packed["knobs"]] == [["0.5", "1", "2"], ["0", "1"]]
+    assert len(packed["figures"]) == 6 and len(packed["skeletons"]) == 1
+    for point, (_, *arrays) in zip(sweep.points(), packed["figures"], strict=True):
+        x, y = (np.frombuffer(base64.b64decode(packed["arrays"][i]), "<f4") for i in arrays)
+        np.testing.assert_allclose(x, line(**point)["x"], rtol=1e-6)
+        np.testing.assert_allclose(y, line(**point)["y"], rtol=1e-6)
+
+
+def test_three_hundred_points_stay_under_one_megabyte():
+    def run(a, b):
+        rng = np.random.default_rng([a, b])
+        return {"curves": rng.standard_normal((4, 100))}
+
+    def view(result):
+        figure = go.Figure()
+        for curve in result["curves"]:
+            figure.add_scatter(x=np.arange(100), y=curve)
+        return figure
+
+    page = Sweep(run, {"a": list(range(30)), "b": list(range(10))}, view).html()
+    assert 300 * 4 * 100 * 4 < len(page) < 1_000_000  # not under the entropy of the data, so nothing was lost
+
+
+def test_a_batched_knob_needs_one_run_for_all_its_values():
+    calls = []
+
+    def run(slope, offset):
+        calls.append(offset)
+        assert slope == KNOBS["slope"]
+        results = [line(s, offset) for s in slope]
+        return {name: np.stack([r[name] for r in results]) for name in ("x", "y")}
+
+    batched = Sweep(run, KNOBS, draw, batch="slope")
+    plain = Sweep(line, KNOBS, draw)
+    for point in plain.points():
+        np.testing.assert_array_equal(batched.result(**point)["y"], plain.result(**point)["y"])
+    assert calls == [0, 1]
+
+
+def test_finished_points_are_found_again_and_changed_code_is_not():
+    calls = []
+
+    def counted(slope, offset):
+        calls.append((slope, offset))
+        return line(slope, offset)
+
+    def shown(run):
+        return Sweep(run, KNOBS, draw).result(slope=1.0, offset=1)["y"]
+
+    first = shown(counted)
+    count = len(calls)
+    np.testing.assert_array_equal(shown(counted), first)
+
+    def doubled(slope, offset):
+        return {name: 2 * value for name, value in line(slope, offset).items()}
+
+    np.testing.assert_array_equal(shown(doubled), 2 * first)
+    assert count == 1
+
+
+def test_a_changed_global_or_helper_changes_the_key():
+    def made(factor, helper):
+        def run(slope, offset):
+            return {name: float(factor) * value for name, value in helper(slope, offset).items()}
+
+        return Sweep(run, KNOBS, draw).result(slope=1.0, offset=1)["y"]
+
+    def other(slope, offset):
+        return line(-slope, offset)
+
+    results = [made(1.0, line), made(3.0, line), made(1.0, other), made(torch.tensor(2.0), line)]
+    assert len({tuple(result) for result in results}) == 4
+
+
+def test_kill_in_the_middle_of_a_grid_loses_no_finished_point(tmp_path):
+    script = tmp_path / "grid.py"
+    script.write_text(
+        textwrap.dedent("""
+        import pathlib, sys, time
+        import numpy as np
+        import plotly.graph_objects as go
+        from polylib.lab import Sweep
+
+        log = pathlib.Path(sys.argv[1])
+
+        def run(point):
+            with log.open("a") as file:
+                file.write(f"{point}\\n")
+            if point >= 4 and len(sys.argv) > 2:
+                time.sleep(60)
+            return {"y": np.full(5, point)}
+
+        Sweep(run, {"point": list(range(8))}, lambda r: go.Figure(go.Scatter(y=r["y"]))).compute()
+        """)
+    )
+    log = tmp_path / "log"
+    environment = {**os.environ, "LOKY_MAX_CPU_COUNT": "1"}
+    first = subprocess.Popen([sys.executable, script, log, "slow"], env=environment, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while (not log.exists() or "4" not in log.read_text().split()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    assert log.read_text().split() == list("01234")
+    log.unlink()
+    # the second run has another argument list, so its code and data must be the same for its key to be
+    subprocess.run([sys.executable, script, log], env=environment, check=True, timeout=60)
+    assert sorted(log.read_text().split()) == list("4567")
+
+
+def test_a_dask_cluster_gives_the_same_results():
+    distributed = pytest.importorskip("distributed")
+    with (
+        distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
+        distributed.Client(cluster),
+        joblib.parallel_config(backend="dask"),
+    ):
+        there = Sweep(line, KNOBS, draw)
+        there.compute()
+    here = Sweep(lambda slope, offset: line(slope, offset), KNOBS, draw)
+    for point in here.points():
+        np.testing.assert_array_equal(there.result(**point)["y"], here.result(**point)["y"])
+
+
+def test_an_error_names_itself_and_keeps_the_finished_points():
+    def run(slope, offset):
+        if slope == 2.0:
+            raise FloatingPointError("too steep")
+        return line(slope, offset)
+
+    sweep = Sweep(run, KNOBS, draw)
+    with pytest.raises(FloatingPointError, match="too steep"), joblib.parallel_config(n_jobs=1):
+        sweep.compute()
+    assert sweep.result(slope=0.5, offset=0)["y"][0] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"knobs": {}}, ValueError, "knobs is empty"),
+        ({"knobs": {"slope": [], "offset": [1]}}, ValueError, r"knobs\['slope'\] is empty"),
+        ({"knobs": {"slope": [1, 1], "offset": [1]}}, ValueError, "repeats"),
+        ({"knobs": {"slope": [1]}}, ValueError, "offset"),
+        ({"knobs": {**KNOBS, "width": [1]}}, ValueError, "width"),
+        ({"batch": "width"}, ValueError, "batch"),
+        ({"start": {"slope": 7}}, ValueError, r"start\['slope'\] is 7"),
+        ({"run": 3}, TypeError, "run is 3"),
+    ],
+)
+def test_bad_arguments_raise_before_any_work(arguments, error, words):
+    with pytest.raises(error, match=words):
+        Sweep(**{"run": line, "knobs": KNOBS, "view": draw, **arguments})
+
+
+def test_bad_results_raise():
+    with pytest.raises(TypeError, match="dict of arrays"):
+        Sweep(lambda slope: 3, {"slope": [1]}, draw).result(slope=1)
+    with pytest.raises(ValueError, match="first axis of 3"):
+        Sweep(lambda slope: {"y": [1, 2]}, {"slope": [1, 2, 3]}, draw, batch="slope").result(slope=1)
+    with pytest.raises(ValueError, match="slope is 9"):
+        Sweep(line, KNOBS, draw).result(slope=9, offset=0)
+
+
+def test_plain_text_names_knobs_and_values():
+    assert "slope: 0.5, 1, 2" in Sweep(line, KNOBS, draw)._repr_mimebundle_()["text/plain"]

@@ -1,0 +1,82 @@
+import pytest
+import torch
+from torch import nn
+
+from polylib.lab import Split, one_cycle, train, train_many
+from polylib.neurons import QuadraticLinear, relinear_param_groups
+
+
+@pytest.fixture
+def blobs():
+    generator = torch.Generator().manual_seed(0)
+    y = torch.arange(90) % 3
+    x = torch.randn(90, 5, generator=generator) + 5 * nn.functional.one_hot(y, 5)
+    return Split(x[:60], y[:60], x[60:], y[60:])
+
+
+def network(seed, layer=nn.Linear):
+    torch.manual_seed(seed)
+    return nn.Sequential(layer(5, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+def test_training_learns_separable_blobs_and_leaves_the_rates_as_they_were(blobs):
+    model = network(0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    history = train(model, blobs, optimizer, epochs=20, batch_size=16, schedule=one_cycle)
+    assert history["loss"].shape == (20 * 3,)
+    assert history["loss"][-3:].mean() < 0.2 * history["loss"][:3].mean()
+    assert history["accuracy"] > 0.9
+    assert optimizer.param_groups[0]["lr"] == 0.1
+
+
+@pytest.mark.parametrize("seeds", [7, [3, 4, 5]])
+def test_many_at_once_equal_one_by_one(blobs, seeds):
+    rates = [0.01, 0.1, 0.3]
+    many, one_by_one = ([network(k, QuadraticLinear).double() for k in range(3)] for _ in range(2))
+    data = Split(blobs.x_train.double(), blobs.y_train, blobs.x_test.double(), blobs.y_test)
+    settings = {"epochs": 4, "batch_size": 16, "schedule": one_cycle}
+
+    def groups(model, rate):
+        return relinear_param_groups(model, rate, gamma_g=0.1, gamma_b=0.5, weight_decay=0.01)
+
+    together = train_many(
+        many, [groups(m, r) for m, r in zip(many, rates, strict=True)], data, momentum=0.9, seeds=seeds, **settings
+    )
+    for k, (model, rate) in enumerate(zip(one_by_one, rates, strict=True)):
+        optimizer = torch.optim.SGD(groups(model, rate), momentum=0.9)
+        alone = train(model, data, optimizer, seed=seeds if isinstance(seeds, int) else seeds[k], **settings)
+        torch.testing.assert_close(together["loss"][k], alone["loss"])
+        assert together["accuracy"][k] == alone["accuracy"]
+        for after, expected in zip(many[k].parameters(), model.parameters(), strict=True):
+            torch.testing.assert_close(after, expected)
+
+
+def test_one_diverging_network_does_not_disturb_the_others(blobs):
+    models = [network(0), network(0)]
+    groups = [[{"params": list(m.parameters()), "lr": lr}] for m, lr in zip(models, (0.1, 1e30), strict=True)]
+    history = train_many(models, groups, blobs, epochs=2, batch_size=16)
+    assert torch.isfinite(history["loss"][0]).all()
+    assert not torch.isfinite(models[1][0].weight).all() or models[1][0].weight.abs().max() > 1e20
+
+
+def test_the_one_cycle_schedule_is_torchs():
+    parameter = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1.0, total_steps=1001, cycle_momentum=False)
+    for step in range(1000):
+        assert one_cycle(step / 1000) == pytest.approx(optimizer.param_groups[0]["lr"], abs=6e-3)
+        optimizer.step()
+        scheduler.step()
+
+
+def test_bad_input_raises(blobs):
+    models = [network(0)]
+    groups = [[{"params": list(models[0].parameters()), "lr": 0.1}]]
+    with pytest.raises(ValueError, match="batch_size is 61"):
+        train_many(models, groups, blobs, epochs=1, batch_size=61)
+    with pytest.raises(ValueError, match="groups has 2"):
+        train_many(models, groups * 2, blobs, epochs=1, batch_size=10)
+    with pytest.raises(ValueError, match=r"lacks the parameter '2.weight'"):
+        train_many(models, [[{"params": list(models[0][0].parameters()), "lr": 0.1}]], blobs, epochs=1, batch_size=10)
+    with pytest.raises(ValueError, match="models is empty"):
+        train_many([], [], blobs, epochs=1, batch_size=10)
