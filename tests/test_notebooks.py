@@ -120,8 +120,7 @@ def test_a_warning_is_refused_and_a_progress_bar_is_not(book: Path, monkeypatch:
     assert run(book, monkeypatch) == ["one"]
 
 
-def test_a_failure_is_run_again(book: Path) -> None:
-    """For real, through nbmake, in a process of its own."""
+def test_a_failure_is_not_kept(book: Path) -> None:
     write(book, code="1 / 0")
     keep = execute.Keep(execute.sources())
     report = pytest.TestReport(
@@ -137,6 +136,12 @@ def test_a_failure_is_run_again(book: Path) -> None:
     assert execute.stored(Path("book/one.md")) is None
 
 
+def test_checkpoints_of_jupyterlab_are_no_chapters(book: Path) -> None:
+    (book / "book" / ".ipynb_checkpoints").mkdir()
+    write(book, name=".ipynb_checkpoints/one-checkpoint")
+    assert execute.sources() == {}
+
+
 def test_half_a_file_counts_as_nothing(book: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(book)
     run(book, monkeypatch)
@@ -146,8 +151,7 @@ def test_half_a_file_counts_as_nothing(book: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_lint_finds_the_cells_that_jupytext_finds() -> None:
-    texts = [path.read_text() for path in (execute.ROOT / "book").rglob("*.md") if execute.is_notebook(path)]
-    texts += [path.read_text() for path in (execute.ROOT / "labs").rglob("*.md") if execute.is_notebook(path)]
+    texts = [path.read_text() for path in execute.markdown_files() if execute.is_notebook(path)]
     options = "```{code-cell} ipython3\n:tags: [hide-input]\n\na = 1\n\nb = 2\n```\n"
     block = "````{code-cell} ipython3\n---\ntags: [x]\n---\nc = 3\n````\n"
     for text in [*texts, HEADER + options + "\nText\n\n" + block]:

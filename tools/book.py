@@ -19,7 +19,7 @@ from pathlib import Path
 
 import nbformat
 
-from tools.execute import ROOT, SOURCES, execute, executed_path, is_notebook, read_source, sources
+from tools.execute import ROOT, SOURCES, execute, executed_path, is_notebook, markdown_files, read_source, sources
 
 STAGE = ROOT / ".site"
 SITE = ROOT / "site"
@@ -96,13 +96,11 @@ def serve(port: int) -> bool:
 def notebooks() -> bool:
     """Plain notebooks without outputs, for editors that don't open Markdown ones."""
     shutil.rmtree(NOTEBOOKS, ignore_errors=True)
-    for folder in SOURCES:
-        for path in sorted((ROOT / folder).rglob("*.md")):
-            if is_notebook(path):
-                target = NOTEBOOKS / path.relative_to(ROOT).with_suffix(".ipynb")
-                target.parent.mkdir(parents=True, exist_ok=True)
-                nbformat.write(read_source(path), target)
-                print(target.relative_to(ROOT))
+    for path in filter(is_notebook, markdown_files()):
+        target = NOTEBOOKS / path.relative_to(ROOT).with_suffix(".ipynb")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        nbformat.write(read_source(path), target)
+        print(target.relative_to(ROOT))
     return True
 
 

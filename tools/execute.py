@@ -26,6 +26,7 @@ RUNNING = EXECUTED / "running"
 
 TIMEOUT = 300  # seconds a cell may take
 SLOW = 60  # seconds after which a notebook is reported as slow
+HIDDEN = {"__pycache__", ".ipynb_checkpoints"}
 EXECUTION_TAGS = {"raises-exception", "skip-execution"}
 PROGRESS_BAR = re.compile(r"\d+%\|.*\||\d+it \[")
 
@@ -37,6 +38,12 @@ def is_notebook(path: Path) -> bool:
     """True for a Markdown file that has jupytext's header."""
     head = path.read_text(encoding="utf-8").split("\n---", 1)[0]
     return head.startswith("---") and "\njupytext:" in head
+
+
+def markdown_files() -> list[Path]:
+    """Every page of the book and every lab. Hidden folders, such as JupyterLab's checkpoints, don't count."""
+    found = (path for folder in SOURCES for path in (ROOT / folder).rglob("*.md"))
+    return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(ROOT).parts))
 
 
 def read_source(path: Path) -> NotebookNode:
@@ -54,8 +61,7 @@ def code_cells(notebook: NotebookNode) -> list[NotebookNode]:
 
 def sources() -> dict[Path, NotebookNode]:
     """Every chapter and lab with code cells, by its path from the root."""
-    paths = sorted(path for folder in SOURCES for path in (ROOT / folder).rglob("*.md"))
-    notebooks = {path.relative_to(ROOT): read_source(path) for path in paths if is_notebook(path)}
+    notebooks = {path.relative_to(ROOT): read_source(path) for path in markdown_files() if is_notebook(path)}
     return {path: notebook for path, notebook in notebooks.items() if code_cells(notebook)}
 
 
@@ -66,7 +72,7 @@ def sources() -> dict[Path, NotebookNode]:
 def surroundings() -> str:
     """Digest of what every notebook depends on: the library, the installed set and the scale."""
     digest = hashlib.sha256(os.environ.get("POLYLIB_SCALE", "").encode())
-    files = (path for path in (ROOT / "polylib").rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    files = (path for path in (ROOT / "polylib").rglob("*") if path.is_file() and not HIDDEN.intersection(path.parts))
     for path in [ROOT / "constraints.txt", *sorted(files)]:
         digest.update(f"\0{path.relative_to(ROOT)}\0".encode())
         digest.update(path.read_bytes())

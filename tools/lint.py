@@ -16,7 +16,7 @@ from pathlib import Path
 
 import nbformat
 
-from tools.execute import ROOT, SOURCES, is_notebook
+from tools.execute import ROOT, is_notebook, markdown_files
 
 FENCE = re.compile(r"^(`{3,})\{code-cell\}")
 
@@ -49,7 +49,7 @@ def cells(lines: list[str]) -> list[tuple[int, int]]:
 
 def check_chapters(fix: bool) -> bool:
     """Check, or rewrite, the cells of every chapter. True if they are clean."""
-    chapters = [path for folder in SOURCES for path in sorted((ROOT / folder).rglob("*.md")) if is_notebook(path)]
+    chapters = [path for path in markdown_files() if is_notebook(path)]
     clean = True
     with tempfile.TemporaryDirectory() as folder:
         files = {}

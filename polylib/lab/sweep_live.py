@@ -26,17 +26,20 @@ class _Live:
         self.sweep = sweep
         self.wanted: dict[str, Any] | None = None  # the newest point that was asked for and not taken up yet
         self.changed = threading.Condition()
+        width = (
+            f"{max(map(len, sweep.labels.values())) * 0.6 + 1}em"  # one width, so that the sliders stand in a column
+        )
         self.sliders = {
             name: widgets.SelectionSlider(
                 options=[(_short(value), value) for value in values],
                 value=sweep.start[name],
                 description=sweep.labels[name],
-                style={"description_width": "initial"},
+                style={"description_width": width},
                 layout={"width": "min(34em, 98%)"},
             )
             for name, values in sweep.knobs.items()
         }
-        self.figure = go.FigureWidget()
+        self.figure = go.FigureWidget(layout={"autosize": True})
         self.bar = widgets.FloatProgress(
             min=0, max=1, layout={"width": "min(34em, 98%)", "height": "6px", "visibility": "hidden"}
         )

@@ -1,0 +1,162 @@
+"""A real JupyterLab: the lab opens as a notebook, runs from top to bottom, and its live sliders redraw the figure."""
+
+import os
+import re
+import secrets
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from .conftest import ROOT
+
+LAB = "labs/learning-rate.md"
+BUSY = 240  # seconds that the whole lab may take to run
+pytestmark = pytest.mark.skipif(not (ROOT / LAB).exists(), reason=f"{LAB} is not written yet")
+
+
+@pytest.fixture(scope="module")
+def jupyterlab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a JupyterLab that knows nothing of the user's settings. It serves a copy of the lab."""
+    if not (Path(sys.prefix) / "share" / "jupyter" / "lab" / "settings" / "overrides.json").exists():
+        pytest.skip("JupyterLab's settings are not in this environment: they come with make lab or make test")
+    folder = tmp_path_factory.mktemp("jupyterlab")
+    (folder / "root" / "labs").mkdir(parents=True)
+    shutil.copy(ROOT / LAB, folder / "root" / LAB)
+    shutil.copy(ROOT / "pyproject.toml", folder / "root")
+    own = {f"JUPYTER_{kind}": str(folder / kind.lower()) for kind in ("CONFIG_DIR", "DATA_DIR", "RUNTIME_DIR")} | {
+        f"JUPYTERLAB_{kind}_DIR": str(folder / kind.lower()) for kind in ("SETTINGS", "WORKSPACES")
+    }
+    token = secrets.token_hex(8)
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--port", "0", "--ServerApp.ip=127.0.0.1"]
+    options = [
+        "--ServerApp.port_retries=50",
+        f"--IdentityProvider.token={token}",
+        f"--ServerApp.root_dir={folder}/root",
+    ]
+    if hasattr(os, "geteuid") and os.geteuid() == 0:
+        options.append("--allow-root")
+    log = folder / "log"
+    with log.open("w") as file:
+        server = subprocess.Popen([*command, *options], env={**os.environ, **own}, stdout=file, stderr=file)
+    try:
+        yield wait_for(server, log, token)
+    finally:
+        server.terminate()
+        try:
+            server.wait(20)
+        except subprocess.TimeoutExpired:
+            server.kill()
+
+
+def wait_for(server: subprocess.Popen, log: Path, token: str) -> str:
+    """The address with %s for the path, as soon as the server answers."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and server.poll() is None:
+        if match := re.search(r"http://127\.0\.0\.1:(\d+)/", log.read_text()):
+            address = f"http://127.0.0.1:{match[1]}"
+            try:
+                urllib.request.urlopen(f"{address}/api/status?token={token}", timeout=5).close()
+            except OSError:
+                time.sleep(0.3)
+                continue
+            return f"{address}/lab/tree/%s?token={token}"
+        time.sleep(0.3)
+    pytest.fail(f"JupyterLab did not start:\n{log.read_text()[-3000:]}")
+
+
+def figure_data(figure) -> str:
+    return figure.evaluate("e => JSON.stringify(e.data)")
+
+
+def test_lab_runs_and_its_slider_is_live(browser, jupyterlab: str, screenshots: Path) -> None:
+    page = browser.new_page(viewport={"width": 1400, "height": 950})
+    try:
+        run_and_move(page, jupyterlab % LAB)
+    finally:
+        page.wait_for_timeout(1000)
+        page.screenshot(path=screenshots / "jupyterlab.png")
+        page.close()
+
+
+def run_and_move(page, address: str) -> None:
+    page.goto(address)
+    # The default viewer of .md is the notebook: the same route as a double click.
+    notebook = page.locator(".jp-NotebookPanel")
+    notebook.wait_for(timeout=60_000)
+    page.locator(".jp-Notebook .jp-CodeCell").first.wait_for(timeout=60_000)
+    assert page.locator(".jp-Dialog").count() == 0, "JupyterLab asks something at the start"
+    assert page.locator(".jp-toast, .Toastify__toast").count() == 0, "JupyterLab shows news at the start"
+
+    wait_for_kernel(page, address)
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+    wait_until_run(page)
+    errors = page.locator(
+        ".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.error'], .jp-RenderedText [class*='ansi-red']"
+    )
+    assert errors.count() == 0, errors.first.inner_text()
+
+    scroll_to_widgets(page)
+    slider = page.locator(".jp-Notebook .noUi-handle, .jp-Notebook .widget-slider [role=slider]").first
+    slider.wait_for(timeout=30_000)
+    slider.scroll_into_view_if_needed()
+    area = slider.locator("xpath=ancestor::*[contains(@class, 'jp-OutputArea-output')][1]")
+    figure = area.locator(".js-plotly-plot").first
+    figure.wait_for(timeout=30_000)
+    page.wait_for_function("e => e.data && e.data.length", arg=figure.element_handle())
+    before = figure_data(figure)
+    slider.focus()
+    changed = False
+    for key in ("ArrowRight", "ArrowLeft", "ArrowLeft"):
+        slider.press(key)
+        deadline = time.monotonic() + 30
+        while not changed and time.monotonic() < deadline:
+            page.wait_for_timeout(100)
+            changed = figure_data(figure) != before
+        if changed:
+            break
+    area.scroll_into_view_if_needed()
+    assert changed, "an arrow key on the live slider did not change the figure within 30 s"
+
+
+def wait_for_kernel(page, address: str) -> None:
+    """Before its kernel is there, a notebook answers Run with a question about the kernel."""
+    sessions = address.replace(f"/lab/tree/{LAB}", "/api/sessions")
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        kernels = [session["kernel"] or {} for session in page.request.get(sessions).json()]
+        if any(kernel.get("execution_state") == "idle" and kernel.get("connections") for kernel in kernels):
+            page.locator(".jp-NotebookPanel-toolbar [data-status='idle']").wait_for(timeout=10_000)
+            page.wait_for_timeout(500)
+            return
+        page.wait_for_timeout(200)
+    pytest.fail("the kernel did not start within 60 s")
+
+
+def wait_until_run(page) -> None:
+    """Wait until no code cell waits or runs. A notebook shows `[*]` beside a cell that does."""
+    page.wait_for_timeout(1500)
+    deadline = time.monotonic() + BUSY
+    while time.monotonic() < deadline:
+        waiting = page.locator(".jp-Notebook .jp-InputPrompt", has_text="[*]").count()
+        idle = page.locator(".jp-NotebookPanel-toolbar [data-status='idle']").count()
+        if waiting == 0 and idle:
+            return
+        page.wait_for_timeout(500)
+    pytest.fail(f"the lab still runs after {BUSY} s")
+
+
+def scroll_to_widgets(page) -> None:
+    """JupyterLab draws cells as they come into view: go through the notebook until a slider is there."""
+    cells = page.locator(".jp-Notebook .jp-Cell")
+    for number in range(cells.count()):
+        cells.nth(number).scroll_into_view_if_needed()
+        page.wait_for_timeout(150)
+        if page.locator(".jp-Notebook .noUi-handle, .jp-Notebook .widget-slider").count():
+            return
