@@ -92,31 +92,40 @@ def train_many(
     *,
     epochs: int,
     batch_size: int,
+    optimizer: str = "sgd",
     momentum: float = 0.0,
+    betas: tuple[float, float] = (0.9, 0.999),
+    clip: float | None = None,
     seeds: Sequence[int] | int = 0,
     schedule: Schedule = constant,
     loss: Loss = F.cross_entropy,
 ) -> dict[str, Tensor]:
-    """Train K networks of one architecture by SGD in one batched pass, in place: `train`, K times, but several times
-    faster.
+    """Train K networks of one architecture in one batched pass, in place: `train`, K times, but several times faster.
 
     The parameters are stacked along a new first axis and the loss is mapped over it with `torch.func.vmap`, so that one
     tensor operation serves all networks. A network that diverges does not disturb the others.
 
     Args:
         models: K modules that differ in nothing but the values of their parameters.
-        groups: for each model its parameter groups, as `torch.optim.SGD` takes them: `params`, `lr` and, if wanted,
+        groups: for each model its parameter groups, as torch's optimizers take them: `params`, `lr` and, if wanted,
             `weight_decay`. Rates may differ between models and between groups.
+        optimizer: `"sgd"`, with `momentum` and decay added to the gradient as in `torch.optim.SGD`, or `"adamw"`, with
+            `betas` and decoupled decay as in `torch.optim.AdamW`.
+        clip: the largest norm of the gradient of each model, as in `torch.nn.utils.clip_grad_norm_`.
         seeds: of the order of the mini-batches, one for each model or one for all.
 
     Returns:
-        `loss`, `(K, steps)`: the loss of each mini-batch; `accuracy`, `(K,)`: on the test part, at the end.
+        `loss`, `(K, steps)`: the loss of each mini-batch; `test_loss` and `accuracy`, `(K,)`: on the test part, at the
+        end.
 
     Raises:
-        ValueError: no models, as many groups or seeds as models are not given, or a trainable parameter is in no group.
+        ValueError: no models, an unknown optimizer, groups or seeds that are not one for each model, or a trainable
+            parameter that is in no group.
     """
     if not models:
         raise ValueError("models is empty; expected at least one")
+    if optimizer not in ("sgd", "adamw"):
+        raise ValueError(f"optimizer is {optimizer!r}; expected 'sgd' or 'adamw'")
     seeds = [seeds] * len(models) if isinstance(seeds, int) else list(seeds)
     for name, value in (("groups", groups), ("seeds", seeds)):
         if len(value) != len(models):
@@ -125,7 +134,7 @@ def train_many(
     skeleton = copy.deepcopy(models[0]).to("meta")
     parameters, buffers = stack_module_state(list(models))
     parameters = {name: value.detach() for name, value in parameters.items()}
-    velocity = {name: torch.zeros_like(value) for name, value in parameters.items()}
+    update = _sgd(momentum) if optimizer == "sgd" else _adamw(*betas)
 
     def value(parameters: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
         return loss(functional_call(skeleton, (parameters, buffers), (x,)), y)
@@ -138,17 +147,51 @@ def train_many(
     for step, index in enumerate(progress(zip(*orders, strict=True), f"training {len(models)} networks", steps)):
         index = torch.stack(index) if shared == 0 else index[0]
         gradients, values = gradient(parameters, buffers, data.x_train[index], data.y_train[index])
+        if clip is not None:
+            norm = sum(part.flatten(1).square().sum(1) for part in gradients.values()).sqrt()
+            scale = (clip / (norm + 1e-6)).clamp(max=1.0)
+            gradients = {name: _shaped(scale, part) * part for name, part in gradients.items()}
         factor = schedule(step / steps)
         for name, parameter in parameters.items():
-            velocity[name].mul_(momentum).add_(gradients[name] + decays[name] * parameter)
-            parameter.sub_(factor * rates[name] * velocity[name])
+            update(name, parameter, gradients[name], factor * rates[name], decays[name])
         losses.append(values)
     with torch.no_grad():
         for k, model in enumerate(models):
             for name, parameter in model.named_parameters():
                 parameter.copy_(parameters[name][k])
         logits = vmap(lambda p, b: functional_call(skeleton, (p, b), (data.x_test,)))(parameters, buffers)
-    return {"loss": torch.stack(losses, 1), "accuracy": (logits.argmax(-1) == data.y_test).float().mean(-1)}
+        test_loss = torch.stack([loss(each, data.y_test) for each in logits])
+        right = (logits.argmax(-1) == data.y_test).float().flatten(1)
+    return {"loss": torch.stack(losses, 1), "test_loss": test_loss, "accuracy": right.mean(1)}
+
+
+def _sgd(momentum: float) -> Callable[..., None]:
+    velocity: dict[str, Tensor] = {}
+
+    def update(name: str, parameter: Tensor, gradient: Tensor, rate: Tensor, decay: Tensor) -> None:
+        gradient = gradient + decay * parameter
+        velocity[name] = velocity[name].mul_(momentum).add_(gradient) if name in velocity else gradient
+        parameter.sub_(rate * velocity[name])
+
+    return update
+
+
+def _adamw(beta1: float, beta2: float, epsilon: float = 1e-8) -> Callable[..., None]:
+    first: dict[str, Tensor] = {}
+    second: dict[str, Tensor] = {}
+    step: dict[str, int] = {}
+
+    def update(name: str, parameter: Tensor, gradient: Tensor, rate: Tensor, decay: Tensor) -> None:
+        if name not in first:
+            first[name], second[name], step[name] = torch.zeros_like(gradient), torch.zeros_like(gradient), 0
+        step[name] += 1
+        first[name].lerp_(gradient, 1 - beta1)
+        second[name].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        scale = (second[name] / (1 - beta2 ** step[name])).sqrt_().add_(epsilon)
+        parameter.mul_(1 - rate * decay)
+        parameter.sub_(rate / (1 - beta1 ** step[name]) * first[name] / scale)
+
+    return update
 
 
 def _per_parameter(
@@ -165,12 +208,11 @@ def _per_parameter(
                 raise ValueError(f"groups[{k}] lacks the parameter {name!r} of models[{k}]")
             rates[name].append(group["lr"])
             decays[name].append(group.get("weight_decay", 0.0))
-    like = dict(models[0].named_parameters())
+    like = {name: parameter.detach()[None] for name, parameter in models[0].named_parameters()}
+    both = [{n: _shaped(torch.tensor(v), like[n]) for n, v in part.items()} for part in (rates, decays)]
+    return both[0], both[1]
 
-    def shaped(values: list[float], parameter: Tensor) -> Tensor:
-        return torch.tensor(values, dtype=parameter.dtype, device=parameter.device).view(-1, *[1] * parameter.dim())
 
-    return (
-        {name: shaped(values, like[name]) for name, values in rates.items()},
-        {name: shaped(values, like[name]) for name, values in decays.items()},
-    )
+def _shaped(values: Tensor, like: Tensor) -> Tensor:
+    """One value a model, shaped to multiply parameters that are stacked as `like` is."""
+    return values.to(like).view(-1, *[1] * (like.dim() - 1))

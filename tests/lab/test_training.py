@@ -30,25 +30,42 @@ def test_training_learns_separable_blobs_and_leaves_the_rates_as_they_were(blobs
 
 
 @pytest.mark.parametrize("seeds", [7, [3, 4, 5]])
-def test_many_at_once_equal_one_by_one(blobs, seeds):
-    rates = [0.01, 0.1, 0.3]
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_many_at_once_equal_one_by_one(blobs, seeds, optimizer):
+    rates = [0.01, 0.1, 0.3] if optimizer == "sgd" else [0.001, 0.003, 0.01]
     many, one_by_one = ([network(k, QuadraticLinear).double() for k in range(3)] for _ in range(2))
     data = Split(blobs.x_train.double(), blobs.y_train, blobs.x_test.double(), blobs.y_test)
     settings = {"epochs": 4, "batch_size": 16, "schedule": one_cycle}
+    options = {"momentum": 0.9} if optimizer == "sgd" else {"betas": (0.8, 0.95)}
+    torch_optimizer = torch.optim.SGD if optimizer == "sgd" else torch.optim.AdamW
 
     def groups(model, rate):
         return relinear_param_groups(model, rate, gamma_g=0.1, gamma_b=0.5, weight_decay=0.01)
 
-    together = train_many(
-        many, [groups(m, r) for m, r in zip(many, rates, strict=True)], data, momentum=0.9, seeds=seeds, **settings
-    )
+    held = [groups(model, rate) for model, rate in zip(many, rates, strict=True)]
+    together = train_many(many, held, data, optimizer=optimizer, seeds=seeds, **options, **settings)
     for k, (model, rate) in enumerate(zip(one_by_one, rates, strict=True)):
-        optimizer = torch.optim.SGD(groups(model, rate), momentum=0.9)
-        alone = train(model, data, optimizer, seed=seeds if isinstance(seeds, int) else seeds[k], **settings)
+        each = torch_optimizer(groups(model, rate), **options)
+        alone = train(model, data, each, seed=seeds if isinstance(seeds, int) else seeds[k], **settings)
         torch.testing.assert_close(together["loss"][k], alone["loss"])
         assert together["accuracy"][k] == alone["accuracy"]
+        test_loss = nn.functional.cross_entropy(model(data.x_test), data.y_test)
+        torch.testing.assert_close(together["test_loss"][k], test_loss.detach())
         for after, expected in zip(many[k].parameters(), model.parameters(), strict=True):
             torch.testing.assert_close(after, expected)
+
+
+def test_clipping_limits_the_gradient_of_each_model(blobs):
+    clipped, plain = [network(0), network(1)], [network(0), network(1)]
+    for models, clip in ((clipped, 0.01), (plain, None)):
+        before = [[p.clone() for p in m.parameters()] for m in models]
+        groups = [[{"params": list(m.parameters()), "lr": 1.0}] for m in models]
+        train_many(models, groups, blobs, epochs=1, batch_size=60, clip=clip)
+        moved = [
+            torch.cat([(a - b).flatten() for a, b in zip(m.parameters(), old, strict=True)]).norm().item()
+            for m, old in zip(models, before, strict=True)
+        ]
+        assert all((norm == pytest.approx(0.01, rel=1e-3)) == (clip is not None) for norm in moved)
 
 
 def test_one_diverging_network_does_not_disturb_the_others(blobs):
@@ -78,5 +95,7 @@ def test_bad_input_raises(blobs):
         train_many(models, groups * 2, blobs, epochs=1, batch_size=10)
     with pytest.raises(ValueError, match=r"lacks the parameter '2.weight'"):
         train_many(models, [[{"params": list(models[0][0].parameters()), "lr": 0.1}]], blobs, epochs=1, batch_size=10)
+    with pytest.raises(ValueError, match="optimizer is 'lion'"):
+        train_many(models, groups, blobs, epochs=1, batch_size=10, optimizer="lion")
     with pytest.raises(ValueError, match="models is empty"):
         train_many([], [], blobs, epochs=1, batch_size=10)
