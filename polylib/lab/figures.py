@@ -57,8 +57,8 @@ def template(theme: str) -> go.layout.Template:
             "xaxis": axis,
             "yaxis": axis,
             "colorscale": {"sequential": _SCALE[theme]},
-            "legend": {"orientation": "h", "yanchor": "bottom", "y": 1.1, "x": 0, "bgcolor": clear},
-            "margin": {"l": 60, "r": 20, "t": 70, "b": 50},
+            "legend": {"orientation": "h", "yanchor": "bottom", "y": 1.12, "x": 0, "bgcolor": clear},
+            "margin": {"l": 60, "r": 20, "t": 80, "b": 50},
             "height": 380,
             "hoverlabel": {"font": {"size": 13}},
         }

@@ -33,16 +33,25 @@
     const axes = Object.keys(layout).filter((key) => /^xaxis\d*$/.test(key) && layout[key].domain);
     axes.sort((a, b) => layout[a].domain[0] - layout[b].domain[0]);
     if (axes.length < 2) return;
-    const gap = 0.36 / axes.length;
+    const gap = 0.4 / axes.length;
     const height = (1 - gap * (axes.length - 1)) / axes.length;
     axes.forEach((key, row) => {
       const top = 1 - row * (height + gap);
       layout[key].domain = [0, 1];
       layout[key.replace("x", "y")].domain = [top - height, top];
     });
-    const base = layout.height || window.polylibTemplates.light.layout.height;
-    layout.height = base * axes.length * 0.85;
-    layout.legend = { ...layout.legend, y: 1 + 90 / layout.height };
+    layout.height = (layout.height || window.polylibTemplates.light.layout.height) * axes.length * 0.85;
+  }
+
+  // Break a title into lines of at most this many letters.
+  function wrap(text, letters) {
+    const lines = [""];
+    for (const word of text.split(" ")) {
+      const longer = `${lines[lines.length - 1]} ${word}`.trim();
+      if (longer.length <= letters) lines[lines.length - 1] = longer;
+      else lines.push(word);
+    }
+    return lines.join("<br>");
   }
 
   function draw(place, figure) {
@@ -50,7 +59,10 @@
     for (const key of Object.keys(layout)) if (/axis\d*$/.test(key)) layout[key] = { ...layout[key] };
     if (place.clientWidth < narrow) {
       stack(layout);
-      layout.margin = { l: 50, r: 10, t: 80, b: 50, ...layout.margin };
+      layout.margin = { l: 50, r: 10, t: 60, b: 110, ...layout.margin };
+      layout.legend = { yref: "container", y: 0, yanchor: "bottom", ...layout.legend };
+      const letters = Math.floor(place.clientWidth / 9);
+      layout.annotations = (layout.annotations || []).map((note) => ({ ...note, text: wrap(note.text || "", letters) }));
     }
     const options = { responsive: true, displaylogo: false, displayModeBar: false };
     return window.Plotly.react(place, figure.data, layout, options);
