@@ -43,7 +43,20 @@
     layout.height = (layout.height || window.polylibTemplates.light.layout.height) * axes.length * 0.85;
   }
 
-  // Break a title into lines of at most this many letters.
+  // Titles begin at the left end of their panel, and break where the page ends. Where that is, is known after drawing.
+  function fitTitles(place, layout) {
+    const changes = {};
+    (layout.annotations || []).forEach((note, number) => {
+      const axis = /^(x\d*) domain$/.exec(note.xref || "");
+      if (!axis || note.showarrow !== false) return;
+      const offset = place._fullLayout[axis[1].replace("x", "xaxis")]._offset;
+      const text = wrap(note.text, Math.floor((place.clientWidth - offset) / 8.5));
+      if (place.clientWidth < narrow && text !== note.text) changes[`annotations[${number}].text`] = text;
+    });
+    return Object.keys(changes).length ? window.Plotly.relayout(place, changes) : null;
+  }
+
+  // Break a text into lines of at most this many letters.
   function wrap(text, letters) {
     const lines = [""];
     for (const word of text.split(" ")) {
@@ -61,11 +74,9 @@
       stack(layout);
       layout.margin = { l: 50, r: 10, t: 60, b: 110, ...layout.margin };
       layout.legend = { yref: "container", y: 0, yanchor: "bottom", ...layout.legend };
-      const letters = Math.floor(place.clientWidth / 9);
-      layout.annotations = (layout.annotations || []).map((note) => ({ ...note, text: wrap(note.text || "", letters) }));
     }
     const options = { responsive: true, displaylogo: false, displayModeBar: false };
-    return window.Plotly.react(place, figure.data, layout, options);
+    return window.Plotly.react(place, figure.data, layout, options).then(() => fitTitles(place, layout));
   }
 
   const redraws = []; // what to do when the theme or the width changes
