@@ -77,7 +77,11 @@ def _feed(digest: Any, value: Any, seen: set[int]) -> None:
     elif isinstance(value, set | frozenset):
         digest.update(" ".join(sorted(map(repr, value))).encode())
     else:
-        digest.update(joblib.hash(value).encode())
+        try:
+            digest.update(joblib.hash(value).encode())
+        except Exception as error:
+            kind = type(value).__qualname__
+            raise TypeError(f"run depends on a {kind}, which has no stable content; expected data ({error})") from error
 
 
 def _is_local(value: Any) -> bool:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 
 import joblib
@@ -202,6 +203,17 @@ def test_bad_results_raise():
         Sweep(lambda slope: {"y": [1, 2]}, {"slope": [1, 2, 3]}, draw, batch="slope").result(slope=1)
     with pytest.raises(ValueError, match="slope is 9"):
         Sweep(line, KNOBS, draw).result(slope=9, offset=0)
+
+
+def test_a_run_that_depends_on_what_is_not_data_raises():
+    lock = threading.Lock()
+
+    def run(slope, offset):
+        with lock:
+            return line(slope, offset)
+
+    with pytest.raises(TypeError, match="run depends on a lock"):
+        Sweep(run, KNOBS, draw).result(slope=1.0, offset=1)
 
 
 def test_plain_text_names_knobs_and_values():
