@@ -1,5 +1,6 @@
 """Neurons beyond the inner product: the methods of the book's first part."""
 
+from polylib.neurons.polycom import PolyNorm, PolyReLU
 from polylib.neurons.quadratic_networks import (
     QuadraticConv2d,
     QuadraticLinear,
@@ -7,4 +8,11 @@ from polylib.neurons.quadratic_networks import (
     relinear_shrink_,
 )
 
-__all__ = ["QuadraticConv2d", "QuadraticLinear", "relinear_param_groups", "relinear_shrink_"]
+__all__ = [
+    "PolyNorm",
+    "PolyReLU",
+    "QuadraticConv2d",
+    "QuadraticLinear",
+    "relinear_param_groups",
+    "relinear_shrink_",
+]

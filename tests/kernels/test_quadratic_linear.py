@@ -5,7 +5,6 @@ import subprocess
 import sys
 from functools import partial
 from importlib import import_module
-from pathlib import Path
 
 import pytest
 import torch
@@ -367,16 +366,8 @@ torch.ops.polylib.quadratic_linear_backward(y, x, w, w, w, r, g, True, True)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_compiles_for_a_gpu(dtype, tmp_path):
-    pytest.importorskip("triton")
-    script = Path(__file__).with_name("compile_for_gpu.py")
-    result = subprocess.run(
-        [sys.executable, script, LAUNCHES.format(dtype), "90"],
-        env={"TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert len(result.stdout.split()) == 3, result.stderr  # forward, gradient of x, gradients of the parameters
+def test_compiles_for_a_gpu(dtype, compile_for_gpu):
+    assert len(compile_for_gpu(LAUNCHES.format(dtype))) == 3  # forward, gradient of x, gradients of the parameters
 
 
 def test_bench(tmp_path, capsys, monkeypatch):
@@ -399,4 +390,4 @@ def test_bench_unknown_op(capsys):
 
     with pytest.raises(SystemExit):
         bench.main(["no_such_op"])
-    assert "unknown op no_such_op; the ops are quadratic_linear" in capsys.readouterr().err
+    assert "unknown op no_such_op; the ops are " in capsys.readouterr().err
