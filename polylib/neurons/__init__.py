@@ -1,5 +1,6 @@
 """Neurons beyond the inner product: the methods of the book's first part."""
 
+from polylib.neurons.kolmogorov_arnold_transformer import GRKANLinear, GroupRational, rational_gain
 from polylib.neurons.quadratic_networks import (
     QuadraticConv2d,
     QuadraticLinear,
@@ -7,4 +8,12 @@ from polylib.neurons.quadratic_networks import (
     relinear_shrink_,
 )
 
-__all__ = ["QuadraticConv2d", "QuadraticLinear", "relinear_param_groups", "relinear_shrink_"]
+__all__ = [
+    "GRKANLinear",
+    "GroupRational",
+    "QuadraticConv2d",
+    "QuadraticLinear",
+    "rational_gain",
+    "relinear_param_groups",
+    "relinear_shrink_",
+]
