@@ -14,6 +14,7 @@ Everything imports and runs without a GPU and without Triton. With `TRITON_INTER
 the kernels themselves run on CPU tensors, slowly: that is how they are tested where there is no GPU.
 """
 
+from polylib.kernels.evonorm_s0 import evonorm_s0, evonorm_s0_reference
 from polylib.kernels.quadratic_linear import quadratic_linear, quadratic_linear_reference
 
-__all__ = ["quadratic_linear", "quadratic_linear_reference"]
+__all__ = ["evonorm_s0", "evonorm_s0_reference", "quadratic_linear", "quadratic_linear_reference"]
