@@ -1,5 +1,18 @@
 """Neurons beyond the inner product: the methods of the book's first part."""
 
+from polylib.neurons.evonorm import EvoNorm2d
+from polylib.neurons.evonorm_search import (
+    KNOWN_LAYERS,
+    Candidate,
+    GraphNormAct,
+    LayerGraph,
+    evolve,
+    mutate,
+    pareto_front,
+    pareto_tournament,
+    random_graph,
+    stress_test,
+)
 from polylib.neurons.quadratic_networks import (
     QuadraticConv2d,
     QuadraticLinear,
@@ -7,4 +20,20 @@ from polylib.neurons.quadratic_networks import (
     relinear_shrink_,
 )
 
-__all__ = ["QuadraticConv2d", "QuadraticLinear", "relinear_param_groups", "relinear_shrink_"]
+__all__ = [
+    "KNOWN_LAYERS",
+    "Candidate",
+    "EvoNorm2d",
+    "GraphNormAct",
+    "LayerGraph",
+    "QuadraticConv2d",
+    "QuadraticLinear",
+    "evolve",
+    "mutate",
+    "pareto_front",
+    "pareto_tournament",
+    "random_graph",
+    "relinear_param_groups",
+    "relinear_shrink_",
+    "stress_test",
+]
