@@ -14,12 +14,15 @@ Everything imports and runs without a GPU and without Triton. With `TRITON_INTER
 the kernels themselves run on CPU tensors, slowly: that is how they are tested where there is no GPU.
 """
 
+from polylib.kernels.evonorm_s0 import evonorm_s0, evonorm_s0_reference
 from polylib.kernels.group_rational import group_rational, group_rational_reference
 from polylib.kernels.poly_norm import poly_norm, poly_norm_reference
 from polylib.kernels.poly_relu import poly_relu, poly_relu_reference
 from polylib.kernels.quadratic_linear import quadratic_linear, quadratic_linear_reference
 
 __all__ = [
+    "evonorm_s0",
+    "evonorm_s0_reference",
     "group_rational",
     "group_rational_reference",
     "poly_norm",

@@ -80,8 +80,11 @@ def train(
         losses.append(value.detach())
     for group, peak in zip(optimizer.param_groups, peaks, strict=True):
         group["lr"] = peak
+    mode = model.training
+    model.eval()
     with torch.no_grad():
         accuracy = (model(data.x_test).argmax(-1) == data.y_test).float().mean()
+    model.train(mode)
     return {"loss": torch.stack(losses), "accuracy": accuracy}
 
 
@@ -103,7 +106,8 @@ def train_many(
     """Train K networks of one architecture in one batched pass, in place: `train`, K times, but several times faster.
 
     The parameters are stacked along a new first axis and the loss is mapped over it with `torch.func.vmap`, so that one
-    tensor operation serves all networks. A network that diverges does not disturb the others.
+    tensor operation serves all networks. A network that diverges does not disturb the others. Buffers, such as running
+    statistics, are updated as in `train`; both test in evaluation mode.
 
     Args:
         models: K modules that differ in nothing but the values of their parameters.
@@ -155,10 +159,11 @@ def train_many(
         for name, parameter in parameters.items():
             update(name, parameter, gradients[name], factor * rates[name], decays[name])
         losses.append(values)
+    skeleton.eval()
     with torch.no_grad():
         for k, model in enumerate(models):
-            for name, parameter in model.named_parameters():
-                parameter.copy_(parameters[name][k])
+            for name, value_of in (*model.named_parameters(), *model.named_buffers()):
+                value_of.copy_((parameters | buffers)[name][k])
         logits = vmap(lambda p, b: functional_call(skeleton, (p, b), (data.x_test,)))(parameters, buffers)
         test_loss = torch.stack([loss(each, data.y_test) for each in logits])
         right = (logits.argmax(-1) == data.y_test).float().flatten(1)

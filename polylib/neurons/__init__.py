@@ -1,17 +1,41 @@
 """Neurons beyond the inner product: the methods of the book's first part."""
 
+from polylib.neurons.evonorm import EvoNorm2d
+from polylib.neurons.evonorm_search import (
+    KNOWN_LAYERS,
+    Candidate,
+    GraphNormAct,
+    LayerGraph,
+    evolve,
+    mutate,
+    pareto_front,
+    pareto_tournament,
+    random_graph,
+    stress_test,
+)
 from polylib.neurons.kolmogorov_arnold_transformer import GRKANLinear, GroupRational, rational_gain
 from polylib.neurons.polycom import PolyNorm, PolyReLU
 from polylib.neurons.quadratic_networks import QuadraticConv2d, QuadraticLinear, relinear_param_groups, relinear_shrink_
 
 __all__ = [
+    "KNOWN_LAYERS",
+    "Candidate",
+    "EvoNorm2d",
     "GRKANLinear",
+    "GraphNormAct",
     "GroupRational",
+    "LayerGraph",
     "PolyNorm",
     "PolyReLU",
     "QuadraticConv2d",
     "QuadraticLinear",
+    "evolve",
+    "mutate",
+    "pareto_front",
+    "pareto_tournament",
+    "random_graph",
     "rational_gain",
     "relinear_param_groups",
     "relinear_shrink_",
+    "stress_test",
 ]

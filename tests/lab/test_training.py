@@ -68,6 +68,24 @@ def test_clipping_limits_the_gradient_of_each_model(blobs):
         assert all((norm == pytest.approx(0.01, rel=1e-3)) == (clip is not None) for norm in moved)
 
 
+def test_running_statistics_are_those_of_single_training_and_used_in_the_test(blobs):
+    def normalised(seed):
+        torch.manual_seed(seed)
+        features = blobs.x_train.shape[1]
+        return nn.Sequential(nn.Linear(features, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+
+    together, alone = [normalised(seed) for seed in (0, 1)], [normalised(seed) for seed in (0, 1)]
+    groups = [[{"params": list(m.parameters()), "lr": 0.1}] for m in together]
+    history = train_many(together, groups, blobs, epochs=2, batch_size=16)
+    for k, model in enumerate(alone):
+        single = train(model, blobs, torch.optim.SGD(model.parameters(), 0.1), epochs=2, batch_size=16)
+        assert model.training and together[k].training
+        for a, b in zip(together[k].state_dict().values(), model.state_dict().values(), strict=True):
+            torch.testing.assert_close(a, b)
+        right = model.eval()(blobs.x_test).argmax(1) == blobs.y_test
+        assert history["accuracy"][k] == single["accuracy"] == right.float().mean()
+
+
 def test_one_diverging_network_does_not_disturb_the_others(blobs):
     models = [network(0), network(0)]
     groups = [[{"params": list(m.parameters()), "lr": lr}] for m, lr in zip(models, (0.1, 1e30), strict=True)]
