@@ -43,15 +43,19 @@
     layout.height = (layout.height || window.polylibTemplates.light.layout.height) * axes.length * 0.85;
   }
 
-  // Titles begin at the left end of their panel, and break where the page ends. Where that is, is known after drawing.
+  // Titles begin at the left end of their panel and break where the next panel, or the page, begins. Where that is, is
+  // known after drawing.
   function fitTitles(place, layout) {
+    const axes = Object.entries(place._fullLayout).filter(([name]) => /^xaxis\d*$/.test(name));
+    const starts = Object.fromEntries(axes.map(([name, axis]) => [name.replace("axis", ""), axis._offset]));
     const changes = {};
     (layout.annotations || []).forEach((note, number) => {
       const axis = /^(x\d*) domain$/.exec(note.xref || "");
       if (!axis || note.showarrow !== false) return;
-      const offset = place._fullLayout[axis[1].replace("x", "xaxis")]._offset;
-      const text = wrap(note.text, Math.floor((place.clientWidth - offset) / 8.5));
-      if (place.clientWidth < narrow && text !== note.text) changes[`annotations[${number}].text`] = text;
+      const start = starts[axis[1]];
+      const end = Math.min(place.clientWidth, ...Object.values(starts).filter((other) => other > start + 1));
+      const text = wrap(note.text, Math.floor((end - start) / 8.5));
+      if (text !== note.text) changes[`annotations[${number}].text`] = text;
     });
     return Object.keys(changes).length ? window.Plotly.relayout(place, changes) : null;
   }
