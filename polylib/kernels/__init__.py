@@ -14,11 +14,15 @@ Everything imports and runs without a GPU and without Triton. With `TRITON_INTER
 the kernels themselves run on CPU tensors, slowly: that is how they are tested where there is no GPU.
 """
 
+from polylib.kernels.phm_linear import kronecker_weight, phm_linear, phm_linear_reference
 from polylib.kernels.poly_norm import poly_norm, poly_norm_reference
 from polylib.kernels.poly_relu import poly_relu, poly_relu_reference
 from polylib.kernels.quadratic_linear import quadratic_linear, quadratic_linear_reference
 
 __all__ = [
+    "kronecker_weight",
+    "phm_linear",
+    "phm_linear_reference",
     "poly_norm",
     "poly_norm_reference",
     "poly_relu",
