@@ -16,6 +16,7 @@ the kernels themselves run on CPU tensors, slowly: that is how they are tested w
 
 from polylib.kernels.evonorm_s0 import evonorm_s0, evonorm_s0_reference
 from polylib.kernels.group_rational import group_rational, group_rational_reference
+from polylib.kernels.phm_linear import kronecker_weight, phm_linear, phm_linear_reference
 from polylib.kernels.poly_norm import poly_norm, poly_norm_reference
 from polylib.kernels.poly_relu import poly_relu, poly_relu_reference
 from polylib.kernels.quadratic_linear import quadratic_linear, quadratic_linear_reference
@@ -25,6 +26,9 @@ __all__ = [
     "evonorm_s0_reference",
     "group_rational",
     "group_rational_reference",
+    "kronecker_weight",
+    "phm_linear",
+    "phm_linear_reference",
     "poly_norm",
     "poly_norm_reference",
     "poly_relu",

@@ -13,6 +13,14 @@ from polylib.neurons.evonorm_search import (
     random_graph,
     stress_test,
 )
+from polylib.neurons.hypercomplex_networks import (
+    PHConv1d,
+    PHConv2d,
+    PHConv3d,
+    PHMLinear,
+    algebra_angle,
+    algebra_matrices,
+)
 from polylib.neurons.kolmogorov_arnold_transformer import GRKANLinear, GroupRational, rational_gain
 from polylib.neurons.polycom import PolyNorm, PolyReLU
 from polylib.neurons.quadratic_networks import QuadraticConv2d, QuadraticLinear, relinear_param_groups, relinear_shrink_
@@ -25,10 +33,16 @@ __all__ = [
     "GraphNormAct",
     "GroupRational",
     "LayerGraph",
+    "PHConv1d",
+    "PHConv2d",
+    "PHConv3d",
+    "PHMLinear",
     "PolyNorm",
     "PolyReLU",
     "QuadraticConv2d",
     "QuadraticLinear",
+    "algebra_angle",
+    "algebra_matrices",
     "evolve",
     "mutate",
     "pareto_front",
