@@ -7,13 +7,16 @@ from polylib.neurons.quadratic_networks import (
     relinear_param_groups,
     relinear_shrink_,
 )
+from polylib.neurons.selectable_kan import SelectableKANLinear, train_skan
 
 __all__ = [
     "GRKANLinear",
     "GroupRational",
     "QuadraticConv2d",
     "QuadraticLinear",
+    "SelectableKANLinear",
     "rational_gain",
     "relinear_param_groups",
     "relinear_shrink_",
+    "train_skan",
 ]
