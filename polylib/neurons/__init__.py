@@ -24,6 +24,7 @@ from polylib.neurons.hypercomplex_networks import (
 from polylib.neurons.kolmogorov_arnold_transformer import GRKANLinear, GroupRational, rational_gain
 from polylib.neurons.polycom import PolyNorm, PolyReLU
 from polylib.neurons.quadratic_networks import QuadraticConv2d, QuadraticLinear, relinear_param_groups, relinear_shrink_
+from polylib.neurons.selectable_kan import SelectableKANLinear, train_skan
 
 __all__ = [
     "KNOWN_LAYERS",
@@ -41,6 +42,7 @@ __all__ = [
     "PolyReLU",
     "QuadraticConv2d",
     "QuadraticLinear",
+    "SelectableKANLinear",
     "algebra_angle",
     "algebra_matrices",
     "evolve",
@@ -52,4 +54,5 @@ __all__ = [
     "relinear_param_groups",
     "relinear_shrink_",
     "stress_test",
+    "train_skan",
 ]
