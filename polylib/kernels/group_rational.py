@@ -294,7 +294,7 @@ def group_rational(
         numerator: (groups, m + 1), the coefficients a_0 ... a_m, or (1, m + 1) where all groups share them.
         denominator: (groups, n), the coefficients b_1 ... b_n, or (1, n).
         groups: how many blocks of neighbouring channels D is split into.
-        variant: "A" for `Q = 1 + sum abs(b_j) abs(x)^j`, "B" for `Q = 1 + abs(sum b_j x^j)`.
+        variant: "A" for `Q = 1 + sum |b_j| |x|^j`, "B" for `Q = 1 + |sum b_j x^j|`.
         backend: "auto" runs the Triton kernels on CUDA tensors of float32, bfloat16 or float16 with order (5, 4), and
             the reference elsewhere and under `torch.func`; "triton" and "reference" insist.
 

@@ -171,7 +171,7 @@ def train_skan(
         models: modules that differ in the values of their parameters only and contain `SelectableKANLinear` layers.
         x, y: (T, samples, features) and (T, samples, outputs), the data of each model.
         stages: the shares of the steps.
-        l1: the weight of sum |select| in the second stage.
+        l1: the weight of the sum of absolute selection weights in the second stage.
         ridge: the weight of the squared coefficients in all stages, so that families do not cancel each other.
         keep: how many families each input keeps.
 
