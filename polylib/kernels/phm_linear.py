@@ -48,7 +48,7 @@ MAX_ROWS, MAX_N = 32, 8  # of the kernel
 
 
 def kronecker_weight(A: Tensor, S: Tensor) -> Tensor:
-    """Return `sum_k kron(A[k], S[k])`, (O, I, *kernel), for A (n, n, n) and S (n, O/n, I/n, *kernel).
+    """Return `sum_k kron(A[k], S[k])`, `(O, I, *kernel)`, for A `(n, n, n)` and S `(n, O/n, I/n, *kernel)`.
 
     The Kronecker product runs over the first two sizes of S[k]. Block row a, block column c is `sum_k A[k, a, c] S[k]`.
     """

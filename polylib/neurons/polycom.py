@@ -85,7 +85,7 @@ class PolyNorm(_Polynomial):
 
     Args:
         order, init: as in `PolyReLU`.
-        eps: added to each mean square. It silences the cubic term where `abs(x)` is far below `eps ** (1 / 6)`, which is 0.1.
+        eps: added to each mean square. It silences the cubic term where all x are far below 0.1, the sixth root of eps.
         dim: the dimension of the features.
 
     Raises:
