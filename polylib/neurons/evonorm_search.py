@@ -55,7 +55,7 @@ class Node(NamedTuple):
 
 
 class LayerGraph(tuple):
-    """A layer: a tuple of `Node`s, the first of which has number 4. Equal graphs compare and hash as equal.
+    """A layer: a tuple of nodes, the first of which has number 4. Equal graphs compare and hash as equal.
 
     The argument `j` of an operation with one argument plays no part; it is set to 0.
 
