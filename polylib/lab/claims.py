@@ -53,6 +53,7 @@ def claim(
     *,
     status: str = "",
     reason: str = "",
+    otherwise: str = "",
 ) -> None:
     """Show a claim as a card, and keep its record in the output of the notebook, where the ledger finds it.
 
@@ -63,9 +64,11 @@ def claim(
         holds: whether the measurement bears the claim out.
         margin: the distance from the measurement to the point where it would not.
         status: `"not shown at this scale"` for a claim that this page can't test; then `reason` says why.
+        otherwise: for a claim that is tested but not asserted: the reason to record, as not shown at this scale, if
+            `holds` is false. Nothing is raised then.
 
     Raises:
-        ClaimError: `holds` is false. The card is shown and stored first.
+        ClaimError: `holds` is false, with no `otherwise`. The card is shown and stored first.
         ValueError: an empty `id` or `statement`, an unknown `status`, neither or both of `holds` and `status`, or no
         `reason`.
     """
@@ -76,6 +79,8 @@ def claim(
         raise ValueError(f"status is {status!r}; expected {NOT_SHOWN!r} or nothing")
     if (holds is None) == (status == ""):
         raise ValueError(f"expected either holds or status={NOT_SHOWN!r}")
+    if otherwise and holds is not None and not bool(holds):
+        holds, status, reason, margin = None, NOT_SHOWN, otherwise, ""
     if status and not reason.strip():
         raise ValueError(f"reason is empty; a claim that is {NOT_SHOWN} needs one")
     verdict = status or ("holds" if bool(holds) else "does not hold")

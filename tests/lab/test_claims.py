@@ -31,6 +31,14 @@ def test_what_cannot_be_shown_says_why(shown):
     assert shown[0].record["reason"] == "needs ImageNet"
 
 
+def test_a_claim_that_is_not_asserted_is_recorded_with_its_reason(shown):
+    claim("C4", "more accurate", measured=0.1, holds=False, margin=-0.2, otherwise="two seeds do not tell")
+    claim("C5", "more accurate", measured=0.5, holds=True, margin=0.2, otherwise="two seeds do not tell")
+    assert [card.record["status"] for card in shown] == [NOT_SHOWN, "holds"]
+    assert [card.record["reason"] for card in shown] == ["two seeds do not tell", ""]
+    assert [card.record["margin"] for card in shown] == ["", "0.2"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
