@@ -26,7 +26,6 @@ PALETTE = {
 }
 _INK = {"light": "#24292f", "dark": "#d8dee4"}
 _GRID = {"light": "#e3e6ea", "dark": "#3a4048"}
-_SCALE = {"light": "Viridis", "dark": "Viridis"}
 
 
 def template(theme: str) -> go.layout.Template:
@@ -56,7 +55,7 @@ def template(theme: str) -> go.layout.Template:
             "plot_bgcolor": clear,
             "xaxis": axis,
             "yaxis": axis,
-            "colorscale": {"sequential": _SCALE[theme]},
+            "colorscale": {"sequential": "Viridis"},
             "legend": {"orientation": "h", "yanchor": "bottom", "y": 1.12, "x": 0, "bgcolor": clear},
             "margin": {"l": 60, "r": 20, "t": 80, "b": 50},
             "height": 380,

@@ -236,10 +236,8 @@ def move_every_slider(page) -> None:
             last = int(slider.get_attribute("max"))
             for value in [*range(last + 1), *range(last - 1, -1, -1)][:12]:
                 times.append(page.evaluate(MOVE, [sweep, knob, value])["milliseconds"])
-        # The lower quartile: other work on the machine, such as parallel tests, only ever adds to a time.
-        quartile = sorted(times)[len(times) // 4]
-        print(f"sweep {sweep}: quartile {quartile:.0f} ms, median {median(times):.0f} ms of {len(times)} moves")
-        assert quartile < 50, f"sweep {sweep} takes {quartile:.0f} ms to answer"
+        print(f"sweep {sweep}: median {median(times):.0f} ms, worst {max(times):.0f} ms of {len(times)} moves")
+        assert median(times) < 50, f"sweep {sweep} takes {median(times):.0f} ms to answer"
 
 
 @pytest.mark.parametrize("page_name", WITH_SWEEPS)
