@@ -20,6 +20,12 @@ from polylib.kernels.phm_linear import kronecker_weight, phm_linear, phm_linear_
 from polylib.kernels.poly_norm import poly_norm, poly_norm_reference
 from polylib.kernels.poly_relu import poly_relu, poly_relu_reference
 from polylib.kernels.quadratic_linear import quadratic_linear, quadratic_linear_reference
+from polylib.kernels.sweep_step import (
+    sweep_adam_step,
+    sweep_adam_step_reference,
+    sweep_sgd_step,
+    sweep_sgd_step_reference,
+)
 
 __all__ = [
     "evonorm_s0",
@@ -35,4 +41,8 @@ __all__ = [
     "poly_relu_reference",
     "quadratic_linear",
     "quadratic_linear_reference",
+    "sweep_adam_step",
+    "sweep_adam_step_reference",
+    "sweep_sgd_step",
+    "sweep_sgd_step_reference",
 ]
