@@ -39,6 +39,12 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
     return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
+@triton.jit
+def round_half_even(x):
+    """Round to the nearest integer, halves to the even one, as torch.round does; |x| must be below 2^22."""
+    return (x + 12582912.0) - 12582912.0  # 1.5 * 2^23: float32 has no fraction there
+
+
 def autotune(tiles: Sequence[tuple[dict[str, int], int, int]], key: Sequence[str]) -> Callable:
     """Decorate a kernel so that the fastest of `tiles`, each (block sizes, warps, stages), is found once per `key`.
 
@@ -79,6 +85,11 @@ def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         t.to(dtype) if isinstance(t, torch.Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
         for t in tensors
     )
+
+
+def widened(x: torch.Tensor) -> torch.Tensor:
+    """Return x in at least float32: the cube of 41 is already too large for float16."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def needs_grad(*tensors: torch.Tensor | None) -> bool:
