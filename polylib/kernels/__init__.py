@@ -22,6 +22,12 @@ from polylib.kernels.poly_norm import poly_norm, poly_norm_reference
 from polylib.kernels.poly_relu import poly_relu, poly_relu_reference
 from polylib.kernels.quadratic_linear import quadratic_linear, quadratic_linear_reference
 from polylib.kernels.stats_quantize import stats_codes, stats_quantize, stats_quantize_reference
+from polylib.kernels.sweep_step import (
+    sweep_adam_step,
+    sweep_adam_step_reference,
+    sweep_sgd_step,
+    sweep_sgd_step_reference,
+)
 
 __all__ = [
     "code_range",
@@ -43,4 +49,8 @@ __all__ = [
     "stats_codes",
     "stats_quantize",
     "stats_quantize_reference",
+    "sweep_adam_step",
+    "sweep_adam_step_reference",
+    "sweep_sgd_step",
+    "sweep_sgd_step_reference",
 ]

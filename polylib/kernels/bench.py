@@ -85,7 +85,9 @@ def bench(ops: Iterable[str], device: torch.device, quick: bool) -> tuple[list[d
     jobs = [
         (op, case) for op in ops for case in importlib.import_module(f"polylib.kernels.{op}").bench_cases(device, quick)
     ]
-    for (op, case), training in progress([(job, training) for job in jobs for training in (False, True)]):
+    # A case without a cost of training has no gradient to time.
+    both = [(job, training) for job in jobs for training in (False, True) if job[1][2][training] is not None]
+    for (op, case), training in progress(both):
         label, dtype, costs, functions = case
         name = str(dtype).removeprefix("torch.")
         if name not in ceilings:

@@ -20,6 +20,7 @@ _HOME = {
     "scale": "scales",
     "shells": "data",
     "text": "data",
+    "text_windows": "data",
     "train": "training",
     "train_many": "training",
 }

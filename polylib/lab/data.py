@@ -1,6 +1,7 @@
 """The data of the book: real sets that ship inside installed packages, and generators. Nothing is downloaded."""
 
 import random
+from collections import Counter
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -10,7 +11,10 @@ from torch import Tensor
 
 
 class Split(NamedTuple):
-    """A data set in two parts. Inputs are float32 `(samples, features)`; targets are int64 classes `(samples,)`."""
+    """A data set in two parts. Inputs are float32 `(samples, features)`; targets are int64 classes `(samples,)`.
+
+    For language models both are int64 `(samples, length)`: symbols, and the symbols after them.
+    """
 
     x_train: Tensor
     y_train: Tensor
@@ -111,3 +115,26 @@ def text() -> str:
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics[name] for name in sorted(topics))
+
+
+@lru_cache(maxsize=4)
+def text_windows(length: int = 32, train: int = 3200, test: int = 256, symbols: int = 60, seed: int = 0) -> Split:
+    """Windows of `text()` for a language model of characters: inputs and targets are int64 `(samples, length)`.
+
+    The target of each symbol is the one after it. The `symbols` most frequent characters are the vocabulary, and the
+    others are left out. Training windows start at random places of the first nine tenths, drawn by `seed`; the test
+    windows are spread evenly over the last tenth.
+    """
+    for name, value in (("length", length), ("train", train), ("test", test), ("symbols", symbols)):
+        _count(name, value, 1)
+    kept = sorted(character for character, _ in Counter(text()).most_common(symbols))
+    number = {character: k for k, character in enumerate(kept)}
+    tokens = torch.tensor([number[character] for character in text() if character in number])
+    border, last = len(tokens) * 9 // 10, len(tokens) - length - 1
+    _count("length", length, 1, len(tokens) // 20)
+    places = torch.randint(border - length, (train,), generator=torch.Generator().manual_seed(seed))
+    parts = []
+    for starts in (places, torch.linspace(border, last, test).long()):
+        window = tokens[starts[:, None] + torch.arange(length + 1)]
+        parts += [window[:, :-1].clone(), window[:, 1:].clone()]
+    return Split(*parts)

@@ -151,9 +151,16 @@ class Sweep:
             return
         if not elsewhere and jobs in (None, 1):  # nothing was configured: use this machine, if there is work for it
             jobs = min(cpu_count(), len(missing))
-        parallel = Parallel(n_jobs=jobs, return_as="generator_unordered", batch_size=1)
-        work = (delayed(_numbered)(self.run, number, call) for number, call in enumerate(missing))
-        for number, outcome in progress(parallel(work), "sweep", total=len(missing)):
+        streams = getattr(backend, "supports_return_generator", False)
+        # Where results don't stream, as in Ray's backend, few are asked for at a time: what is finished is kept.
+        part = len(missing) if streams else 2 * max(1, backend.effective_n_jobs(jobs if jobs is not None else -1))
+        parallel = Parallel(n_jobs=jobs, return_as="generator_unordered" if streams else "list", batch_size=1)
+        parts = (
+            parallel(delayed(_numbered)(self.run, number, missing[number]) for number in numbers[:part])
+            for numbers in (range(start, len(missing)) for start in range(0, len(missing), part))
+        )
+        outcomes = itertools.chain.from_iterable(parts)
+        for number, outcome in progress(outcomes, "sweep", total=len(missing)):
             self._keep(missing[number], outcome)
 
     # Three faces

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, stack_module_state, vmap
 
+from polylib.kernels import sweep_adam_step, sweep_sgd_step
 from polylib.lab.data import Split
 from polylib.lab.progress_bar import progress
 
@@ -98,10 +99,13 @@ def train_many(
     optimizer: str = "sgd",
     momentum: float = 0.0,
     betas: tuple[float, float] = (0.9, 0.999),
+    epsilon: float = 1e-8,
     clip: float | None = None,
     seeds: Sequence[int] | int = 0,
     schedule: Schedule = constant,
     loss: Loss = F.cross_entropy,
+    watch: Callable[[dict[str, Tensor]], Tensor] | None = None,
+    watch_every: int = 1,
 ) -> dict[str, Tensor]:
     """Train K networks of one architecture in one batched pass, in place: `train`, K times, but several times faster.
 
@@ -114,13 +118,15 @@ def train_many(
         groups: for each model its parameter groups, as torch's optimizers take them: `params`, `lr` and, if wanted,
             `weight_decay`. Rates may differ between models and between groups.
         optimizer: `"sgd"`, with `momentum` and decay added to the gradient as in `torch.optim.SGD`, or `"adamw"`, with
-            `betas` and decoupled decay as in `torch.optim.AdamW`.
+            `betas`, `epsilon` and decoupled decay as in `torch.optim.AdamW`.
         clip: the largest norm of the gradient of each model, as in `torch.nn.utils.clip_grad_norm_`.
         seeds: of the order of the mini-batches, one for each model or one for all.
+        watch: what to measure along training: from the stacked parameters, each `(K, ...)`, a tensor `(K, ...)`. It
+            is called before the first step and after each `watch_every` steps, and must not change them.
 
     Returns:
         `loss`, `(K, steps)`: the loss of each mini-batch; `test_loss` and `accuracy`, `(K,)`: on the test part, at the
-        end.
+        end; with `watch`, `watched`, `(K, 1 + steps // watch_every, ...)`: what it measured.
 
     Raises:
         ValueError: no models, an unknown optimizer, groups or seeds that are not one for each model, or a trainable
@@ -134,11 +140,13 @@ def train_many(
     for name, value in (("groups", groups), ("seeds", seeds)):
         if len(value) != len(models):
             raise ValueError(f"{name} has {len(value)} entries; expected one for each of the {len(models)} models")
+    if watch_every < 1:
+        raise ValueError(f"watch_every is {watch_every}; expected at least 1")
     rates, decays = _per_parameter(models, groups)
     skeleton = copy.deepcopy(models[0]).to("meta")
     parameters, buffers = stack_module_state(list(models))
     parameters = {name: value.detach() for name, value in parameters.items()}
-    update = _sgd(momentum) if optimizer == "sgd" else _adamw(*betas)
+    update = _update(optimizer, momentum, betas, epsilon)
 
     def value(parameters: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
         return loss(functional_call(skeleton, (parameters, buffers), (x,)), y)
@@ -147,18 +155,20 @@ def train_many(
     gradient = vmap(grad_and_value(value), in_dims=(0, 0, shared, shared), randomness="different")
     orders = [batches(len(data.x_train), batch_size, epochs, seed) for seed in (seeds if shared == 0 else seeds[:1])]
     steps = epochs * (len(data.x_train) // batch_size)
-    losses = []
+    losses, watched = [], [watch(parameters)] if watch else []
     for step, index in enumerate(progress(zip(*orders, strict=True), f"training {len(models)} networks", steps)):
         index = torch.stack(index) if shared == 0 else index[0]
         gradients, values = gradient(parameters, buffers, data.x_train[index], data.y_train[index])
+        scale = None
         if clip is not None:
             norm = sum(part.flatten(1).square().sum(1) for part in gradients.values()).sqrt()
             scale = (clip / (norm + 1e-6)).clamp(max=1.0)
-            gradients = {name: _shaped(scale, part) * part for name, part in gradients.items()}
         factor = schedule(step / steps)
         for name, parameter in parameters.items():
-            update(name, parameter, gradients[name], factor * rates[name], decays[name])
+            update(name, parameter, gradients[name], factor * rates[name], decay=decays[name], scale=scale)
         losses.append(values)
+        if watch and (step + 1) % watch_every == 0:
+            watched.append(watch(parameters))
     skeleton.eval()
     with torch.no_grad():
         for k, model in enumerate(models):
@@ -167,42 +177,35 @@ def train_many(
         logits = vmap(lambda p, b: functional_call(skeleton, (p, b), (data.x_test,)))(parameters, buffers)
         test_loss = torch.stack([loss(each, data.y_test) for each in logits])
         right = (logits.argmax(-1) == data.y_test).float().flatten(1)
-    return {"loss": torch.stack(losses, 1), "test_loss": test_loss, "accuracy": right.mean(1)}
+    result = {"loss": torch.stack(losses, 1), "test_loss": test_loss, "accuracy": right.mean(1)}
+    return result | ({"watched": torch.stack(watched, 1)} if watch else {})
 
 
-def _sgd(momentum: float) -> Callable[..., None]:
-    velocity: dict[str, Tensor] = {}
+def _update(optimizer: str, momentum: float, betas: tuple[float, float], epsilon: float) -> Callable[..., None]:
+    """What takes one step of one stacked parameter, and keeps the state that the optimizer needs for it."""
+    state: dict[str, list[Tensor]] = {}
+    steps: dict[str, int] = {}
 
-    def update(name: str, parameter: Tensor, gradient: Tensor, rate: Tensor, decay: Tensor) -> None:
-        gradient = gradient + decay * parameter
-        velocity[name] = velocity[name].mul_(momentum).add_(gradient) if name in velocity else gradient
-        parameter.sub_(rate * velocity[name])
+    def sgd(name: str, parameter: Tensor, gradient: Tensor, rate: Tensor, **beside: Tensor | None) -> None:
+        if momentum and name not in state:
+            state[name] = [torch.zeros_like(parameter)]
+        velocity = state[name][0] if momentum else None
+        sweep_sgd_step(parameter, gradient, rate, velocity=velocity, momentum=momentum, **beside)
 
-    return update
+    def adamw(name: str, parameter: Tensor, gradient: Tensor, rate: Tensor, **beside: Tensor | None) -> None:
+        if name not in state:
+            state[name], steps[name] = [torch.zeros_like(parameter), torch.zeros_like(parameter)], 0
+        steps[name] += 1
+        own = {"step": steps[name], "betas": betas, "epsilon": epsilon}
+        sweep_adam_step(parameter, gradient, *state[name], rate, **own, **beside)
 
-
-def _adamw(beta1: float, beta2: float, epsilon: float = 1e-8) -> Callable[..., None]:
-    first: dict[str, Tensor] = {}
-    second: dict[str, Tensor] = {}
-    step: dict[str, int] = {}
-
-    def update(name: str, parameter: Tensor, gradient: Tensor, rate: Tensor, decay: Tensor) -> None:
-        if name not in first:
-            first[name], second[name], step[name] = torch.zeros_like(gradient), torch.zeros_like(gradient), 0
-        step[name] += 1
-        first[name].lerp_(gradient, 1 - beta1)
-        second[name].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        scale = (second[name] / (1 - beta2 ** step[name])).sqrt_().add_(epsilon)
-        parameter.mul_(1 - rate * decay)
-        parameter.sub_(rate / (1 - beta1 ** step[name]) * first[name] / scale)
-
-    return update
+    return sgd if optimizer == "sgd" else adamw
 
 
 def _per_parameter(
     models: Sequence[nn.Module], groups: Sequence[Sequence[dict[str, Any]]]
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Learning rate and weight decay of every parameter in every model, shaped to multiply the stacked parameter."""
+) -> tuple[dict[str, Tensor], dict[str, Tensor | None]]:
+    """Learning rate and weight decay of every parameter, one for each model; no decay where it is zero for all."""
     rates: dict[str, list[float]] = {name: [] for name, _ in models[0].named_parameters()}
     decays: dict[str, list[float]] = {name: [] for name in rates}
     for k, (model, own) in enumerate(zip(models, groups, strict=True)):
@@ -213,11 +216,7 @@ def _per_parameter(
                 raise ValueError(f"groups[{k}] lacks the parameter {name!r} of models[{k}]")
             rates[name].append(group["lr"])
             decays[name].append(group.get("weight_decay", 0.0))
-    like = {name: parameter.detach()[None] for name, parameter in models[0].named_parameters()}
-    both = [{n: _shaped(torch.tensor(v), like[n]) for n, v in part.items()} for part in (rates, decays)]
-    return both[0], both[1]
-
-
-def _shaped(values: Tensor, like: Tensor) -> Tensor:
-    """One value a model, shaped to multiply parameters that are stacked as `like` is."""
-    return values.to(like).view(-1, *[1] * (like.dim() - 1))
+    like = {name: parameter.detach() for name, parameter in models[0].named_parameters()}
+    rate = {name: like[name].new_tensor(values) for name, values in rates.items()}
+    decay = {name: like[name].new_tensor(values) if any(values) else None for name, values in decays.items()}
+    return rate, decay

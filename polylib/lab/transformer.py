@@ -30,9 +30,9 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """A pre-norm block: x + attention(norm(x)), then x + feed_forward(norm(x))."""
 
-    def __init__(self, width: int, heads: int, feed_forward: nn.Module, norm: Callable[[int], nn.Module], causal: bool):
+    def __init__(self, width: int, attention: nn.Module, feed_forward: nn.Module, norm: Callable[[int], nn.Module]):
         super().__init__()
-        self.norm1, self.attention = norm(width), Attention(width, heads, causal)
+        self.norm1, self.attention = norm(width), attention
         self.norm2, self.feed_forward = norm(width), feed_forward
 
     def forward(self, x: Tensor) -> Tensor:
@@ -47,6 +47,10 @@ class Decoder(nn.Module):
         vocabulary, length: the number of symbols, and the longest input.
         feed_forward: makes the feed-forward part of one block, a module that keeps the shape `(..., width)`.
         norm: makes a normalisation from a width.
+        attention: makes the attention of one block, a causal module that keeps the shape `(batch, length, width)`;
+            by default `Attention`.
+        positions: add a learned vector for each position; without, `attention` must tell positions apart.
+        bias: of the output layer.
     """
 
     def __init__(
@@ -58,15 +62,21 @@ class Decoder(nn.Module):
         depth: int = 2,
         heads: int = 4,
         norm: Callable[[int], nn.Module] = nn.RMSNorm,
+        attention: Callable[[], nn.Module] | None = None,
+        positions: bool = True,
+        bias: bool = True,
     ) -> None:
         super().__init__()
+        attention = attention or (lambda: Attention(width, heads, causal=True))
         self.tokens = nn.Embedding(vocabulary, width)
-        self.positions = nn.Parameter(torch.zeros(length, width))
-        self.blocks = nn.Sequential(*(Block(width, heads, feed_forward(), norm, causal=True) for _ in range(depth)))
-        self.norm, self.head = norm(width), nn.Linear(width, vocabulary)
+        self.positions = nn.Parameter(torch.zeros(length, width)) if positions else None
+        self.blocks = nn.Sequential(*(Block(width, attention(), feed_forward(), norm) for _ in range(depth)))
+        self.norm, self.head = norm(width), nn.Linear(width, vocabulary, bias=bias)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        x = self.tokens(tokens) + self.positions[: tokens.shape[-1]]
+        x = self.tokens(tokens)
+        if self.positions is not None:
+            x = x + self.positions[: tokens.shape[-1]]
         return self.head(self.norm(self.blocks(x)))
 
 
@@ -94,7 +104,8 @@ class SignalTransformer(nn.Module):
         self.patch = patch
         self.embedding = nn.Linear(patch, width)
         self.positions = nn.Parameter(0.02 * torch.randn(samples // patch, width))
-        self.blocks = nn.Sequential(*(Block(width, heads, feed_forward(), norm, causal=False) for _ in range(depth)))
+        blocks = (Block(width, Attention(width, heads, causal=False), feed_forward(), norm) for _ in range(depth))
+        self.blocks = nn.Sequential(*blocks)
         self.norm, self.head = norm(width), nn.Linear(width, classes)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from polylib.lab import at_scale, digits, mnist1d, scale, shells, text
+from polylib.lab import at_scale, digits, mnist1d, scale, shells, text, text_windows
 
 
 @pytest.mark.parametrize(
@@ -70,3 +70,17 @@ def test_bad_sizes_raise():
         digits(train=1797)
     with pytest.raises(ValueError, match="classes is 0"):
         shells(classes=0)
+    with pytest.raises(ValueError, match="length is 0"):
+        text_windows(0)
+
+
+def test_windows_of_text_are_shifted_by_one_and_the_test_part_was_not_seen():
+    data = text_windows(16, train=500, test=20)
+    assert data.x_train.dtype == data.y_test.dtype == torch.int64
+    assert data.x_train.shape == (500, 16) and data.y_test.shape == (20, 16) and data.classes == 60
+    for x, y in ((data.x_train, data.y_train), (data.x_test, data.y_test)):
+        assert torch.equal(x[:, 1:], y[:, :-1])
+    seen = {tuple(row.tolist()) for row in data.x_train.unfold(1, 12, 1).flatten(0, 1)}
+    parts = [tuple(row[:12].tolist()) for row in data.x_test]
+    assert sum(part in seen for part in parts) < 5  # phrases do recur
+    assert not torch.equal(data.x_train, text_windows(16, train=500, test=20, seed=1).x_train)

@@ -36,16 +36,18 @@ def test_many_at_once_equal_one_by_one(blobs, seeds, optimizer):
     many, one_by_one = ([network(k, QuadraticLinear).double() for k in range(3)] for _ in range(2))
     data = Split(blobs.x_train.double(), blobs.y_train, blobs.x_test.double(), blobs.y_test)
     settings = {"epochs": 4, "batch_size": 16, "schedule": one_cycle}
-    options = {"momentum": 0.9} if optimizer == "sgd" else {"betas": (0.8, 0.95)}
+    own = theirs = {"momentum": 0.9}
+    if optimizer == "adamw":
+        own, theirs = {"betas": (0.8, 0.95), "epsilon": 1e-3}, {"betas": (0.8, 0.95), "eps": 1e-3}
     torch_optimizer = torch.optim.SGD if optimizer == "sgd" else torch.optim.AdamW
 
     def groups(model, rate):
         return relinear_param_groups(model, rate, gamma_g=0.1, gamma_b=0.5, weight_decay=0.01)
 
     held = [groups(model, rate) for model, rate in zip(many, rates, strict=True)]
-    together = train_many(many, held, data, optimizer=optimizer, seeds=seeds, **options, **settings)
+    together = train_many(many, held, data, optimizer=optimizer, seeds=seeds, **own, **settings)
     for k, (model, rate) in enumerate(zip(one_by_one, rates, strict=True)):
-        each = torch_optimizer(groups(model, rate), **options)
+        each = torch_optimizer(groups(model, rate), **theirs)
         alone = train(model, data, each, seed=seeds if isinstance(seeds, int) else seeds[k], **settings)
         torch.testing.assert_close(together["loss"][k], alone["loss"])
         assert together["accuracy"][k] == alone["accuracy"]
@@ -66,6 +68,18 @@ def test_clipping_limits_the_gradient_of_each_model(blobs):
             for m, old in zip(models, before, strict=True)
         ]
         assert all((norm == pytest.approx(0.01, rel=1e-3)) == (clip is not None) for norm in moved)
+
+
+def test_what_is_watched_along_training(blobs):
+    models = [network(0), network(1)]
+    start = torch.stack([m[0].weight.detach().clone() for m in models])
+    groups = [[{"params": list(m.parameters()), "lr": 0.1}] for m in models]
+    watch = {"watch": lambda parameters: parameters["0.weight"].clone(), "watch_every": 2}
+    watched = train_many(models, groups, blobs, epochs=2, batch_size=20, **watch)["watched"]
+    assert watched.shape == (2, 1 + 6 // 2, 8, 5)
+    assert torch.equal(watched[:, 0], start)
+    assert torch.equal(watched[:, -1], torch.stack([m[0].weight for m in models]))
+    assert "watched" not in train_many(models, groups, blobs, epochs=1, batch_size=20)
 
 
 def test_running_statistics_are_those_of_single_training_and_used_in_the_test(blobs):
@@ -115,5 +129,7 @@ def test_bad_input_raises(blobs):
         train_many(models, [[{"params": list(models[0][0].parameters()), "lr": 0.1}]], blobs, epochs=1, batch_size=10)
     with pytest.raises(ValueError, match="optimizer is 'lion'"):
         train_many(models, groups, blobs, epochs=1, batch_size=10, optimizer="lion")
+    with pytest.raises(ValueError, match="watch_every is 0"):
+        train_many(models, groups, blobs, epochs=1, batch_size=10, watch_every=0)
     with pytest.raises(ValueError, match="models is empty"):
         train_many([], [], blobs, epochs=1, batch_size=10)

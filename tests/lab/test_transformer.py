@@ -31,6 +31,20 @@ def test_a_decoder_does_not_see_the_future():
     assert model(tokens[:, :3]).shape == (3, 3, 11)
 
 
+def test_a_decoder_takes_another_attention_and_leaves_out_positions_and_bias():
+    class Shift(nn.Module):
+        """Every token gets what stood before it."""
+
+        def forward(self, x):
+            return nn.functional.pad(x, (0, 0, 1, 0))[..., :-1, :]
+
+    model = Decoder(11, 8, feed_forward, width=16, attention=Shift, positions=False, bias=False)
+    assert model.head.bias is None and "positions" not in dict(model.named_parameters())
+    logits = model(torch.full((2, 8), 3))
+    torch.testing.assert_close(logits[:, 2:], logits[:, 2:3].expand(-1, 6, -1))  # two blocks see two tokens back
+    assert not torch.allclose(logits[:, 0], logits[:, 2])
+
+
 def test_both_train_as_a_stack():
     x = torch.randint(5, (24, 6))
     data = Split(x[:16], x[:16].roll(-1, 1), x[16:], x[16:].roll(-1, 1))
