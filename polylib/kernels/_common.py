@@ -122,6 +122,11 @@ def check_shape(name: str, tensor: torch.Tensor | None, expected: tuple[int, ...
         raise ValueError(f"{name} must have shape {meaning} = {expected}, got {tuple(tensor.shape)}")
 
 
+def transformed() -> bool:
+    """Tell whether a transform of `torch.func`, such as vmap, is active."""
+    return torch._C._are_functorch_transforms_active()  # there is no public name for this question
+
+
 def choose_backend(backend: str, x: torch.Tensor, dtypes: Sequence[torch.dtype] = TRITON_DTYPES) -> str:
     """Return "triton" or "reference".
 
@@ -132,13 +137,13 @@ def choose_backend(backend: str, x: torch.Tensor, dtypes: Sequence[torch.dtype] 
     """
     if backend not in ("auto", "triton", "reference"):
         raise ValueError(f'backend must be "auto", "triton" or "reference", got {backend!r}')
-    transformed = torch._C._are_functorch_transforms_active()  # there is no public name for this question
+    inside = transformed()
     if backend == "auto":
-        return "triton" if x.is_cuda and HAS_TRITON and x.dtype in dtypes and not transformed else "reference"
+        return "triton" if x.is_cuda and HAS_TRITON and x.dtype in dtypes and not inside else "reference"
     if backend == "triton":
         if not HAS_TRITON:
             raise RuntimeError('backend="triton" needs the triton package, which is not installed')
-        if transformed:
+        if inside:
             raise RuntimeError('backend="triton" can\'t be used inside torch.func; "auto" takes the reference there')
         if not (x.is_cuda or (INTERPRETED and x.device.type == "cpu")):
             raise RuntimeError(

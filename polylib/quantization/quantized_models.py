@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from polylib.kernels import code_range
-from polylib.quantization.quantizers import UniformQuantizer
+from polylib.quantization.quantizers import UniformQuantizer, stored_range
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -90,7 +89,7 @@ def pack_codes(codes: Tensor, bits: int, *, signed: bool = True) -> Tensor:
     Raises:
         ValueError: bits out of range, or a code that is not a whole number in the range.
     """
-    low, high = _stored_range(bits, signed)
+    low, high = _packed_range(bits, signed)
     codes = codes.flatten()
     if codes.numel() and not (bool((codes == codes.round()).all()) and low <= codes.min() and codes.max() <= high):
         raise ValueError(f"codes must be whole numbers from {low} to {high} for {bits} bits")
@@ -106,14 +105,14 @@ def unpack_codes(packed: Tensor, bits: int, count: int, *, signed: bool = True) 
     Raises:
         ValueError: bits out of range, or fewer bytes than `count` codes take.
     """
-    low, _ = _stored_range(bits, signed)
+    low, _ = _packed_range(bits, signed)
     if count < 0 or len(packed) < math.ceil(bits * count / 8):
         raise ValueError(f"count is {count}; {len(packed)} bytes hold {8 * len(packed) // bits} codes of {bits} bits")
     stream = (packed.long()[:, None] >> torch.arange(8, device=packed.device) & 1).flatten()[: bits * count]
     return (stream.view(count, bits) << torch.arange(bits, device=packed.device)).sum(1) + low
 
 
-def _stored_range(bits: int, signed: bool) -> tuple[int, int]:
-    if not isinstance(bits, int) or not 1 <= bits <= 8:
+def _packed_range(bits: int, signed: bool) -> tuple[int, int]:
+    if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 8:
         raise ValueError(f"bits is {bits!r}; expected an integer from 1 to 8")
-    return (-1, 0) if signed and bits == 1 else code_range(bits, signed)
+    return stored_range(bits, signed)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter, is_lazy
 
 from polylib.kernels import code_range, fake_quantize, stats_codes, stats_quantize
+from polylib.kernels._common import transformed
 
 Integers = tuple[Tensor, Tensor, Tensor]
 
@@ -237,6 +238,11 @@ def _materialize(module: LSQQuantizer, state: dict[str, Tensor], prefix: str, *_
         module.scale.materialize(saved.shape, device=saved.device, dtype=saved.dtype)
 
 
+def stored_range(bits: int, signed: bool) -> tuple[int, int]:
+    """The lowest and the highest code that `integers` returns: two's complement, also for one signed bit."""
+    return (-1, 0) if signed and bits == 1 else code_range(bits, signed)
+
+
 def _checked(bits: int, least: int) -> int:
     if isinstance(bits, bool) or not isinstance(bits, int) or not least <= bits <= 16:
         raise ValueError(f"bits is {bits!r}; expected an integer from {least} to 16")
@@ -244,7 +250,7 @@ def _checked(bits: int, least: int) -> int:
 
 
 def _check_finite(x: Tensor) -> None:
-    if not x.isfinite().all():
+    if not transformed() and not x.isfinite().all():  # under vmap nothing can depend on a value
         raise ValueError("x has entries that are not finite; expected finite numbers")
 
 
