@@ -15,11 +15,13 @@ the kernels themselves run on CPU tensors, slowly: that is how they are tested w
 """
 
 from polylib.kernels.evonorm_s0 import evonorm_s0, evonorm_s0_reference
+from polylib.kernels.fake_quantize import code_range, fake_quantize, fake_quantize_reference
 from polylib.kernels.group_rational import group_rational, group_rational_reference
 from polylib.kernels.phm_linear import kronecker_weight, phm_linear, phm_linear_reference
 from polylib.kernels.poly_norm import poly_norm, poly_norm_reference
 from polylib.kernels.poly_relu import poly_relu, poly_relu_reference
 from polylib.kernels.quadratic_linear import quadratic_linear, quadratic_linear_reference
+from polylib.kernels.stats_quantize import stats_codes, stats_quantize, stats_quantize_reference
 from polylib.kernels.sweep_step import (
     sweep_adam_step,
     sweep_adam_step_reference,
@@ -28,8 +30,11 @@ from polylib.kernels.sweep_step import (
 )
 
 __all__ = [
+    "code_range",
     "evonorm_s0",
     "evonorm_s0_reference",
+    "fake_quantize",
+    "fake_quantize_reference",
     "group_rational",
     "group_rational_reference",
     "kronecker_weight",
@@ -41,6 +46,9 @@ __all__ = [
     "poly_relu_reference",
     "quadratic_linear",
     "quadratic_linear_reference",
+    "stats_codes",
+    "stats_quantize",
+    "stats_quantize_reference",
     "sweep_adam_step",
     "sweep_adam_step_reference",
     "sweep_sgd_step",

@@ -39,6 +39,12 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
     return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
+@triton.jit
+def round_half_even(x):
+    """Round to the nearest integer, halves to the even one, as torch.round does; |x| must be below 2^22."""
+    return (x + 12582912.0) - 12582912.0  # 1.5 * 2^23: float32 has no fraction there
+
+
 def autotune(tiles: Sequence[tuple[dict[str, int], int, int]], key: Sequence[str]) -> Callable:
     """Decorate a kernel so that the fastest of `tiles`, each (block sizes, warps, stages), is found once per `key`.
 
@@ -81,6 +87,11 @@ def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     )
 
 
+def widened(x: torch.Tensor) -> torch.Tensor:
+    """Return x in at least float32: the cube of 41 is already too large for float16."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
 def needs_grad(*tensors: torch.Tensor | None) -> bool:
     """Tell whether the result will be differentiated, that is, whether anything must be saved."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
@@ -111,6 +122,11 @@ def check_shape(name: str, tensor: torch.Tensor | None, expected: tuple[int, ...
         raise ValueError(f"{name} must have shape {meaning} = {expected}, got {tuple(tensor.shape)}")
 
 
+def transformed() -> bool:
+    """Tell whether a transform of `torch.func`, such as vmap, is active."""
+    return torch._C._are_functorch_transforms_active()  # there is no public name for this question
+
+
 def choose_backend(backend: str, x: torch.Tensor, dtypes: Sequence[torch.dtype] = TRITON_DTYPES) -> str:
     """Return "triton" or "reference".
 
@@ -121,13 +137,13 @@ def choose_backend(backend: str, x: torch.Tensor, dtypes: Sequence[torch.dtype] 
     """
     if backend not in ("auto", "triton", "reference"):
         raise ValueError(f'backend must be "auto", "triton" or "reference", got {backend!r}')
-    transformed = torch._C._are_functorch_transforms_active()  # there is no public name for this question
+    inside = transformed()
     if backend == "auto":
-        return "triton" if x.is_cuda and HAS_TRITON and x.dtype in dtypes and not transformed else "reference"
+        return "triton" if x.is_cuda and HAS_TRITON and x.dtype in dtypes and not inside else "reference"
     if backend == "triton":
         if not HAS_TRITON:
             raise RuntimeError('backend="triton" needs the triton package, which is not installed')
-        if transformed:
+        if inside:
             raise RuntimeError('backend="triton" can\'t be used inside torch.func; "auto" takes the reference there')
         if not (x.is_cuda or (INTERPRETED and x.device.type == "cpu")):
             raise RuntimeError(

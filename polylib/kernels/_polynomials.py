@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from polylib.kernels._common import check_shape, check_tensors, choose_backend, tl, triton
 
 ORDER = 3  # of the polynomials that the kernels compute
-
-
-def widened(x: Tensor) -> Tensor:
-    """Return x in at least float32: the cube of 41 is already too large for float16."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def check_polynomial(x: Tensor, weight: Tensor, bias: Tensor) -> None:

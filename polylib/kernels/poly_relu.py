@@ -26,9 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polylib.kernels._common import no_double_backward, on_device, tl, triton
+from polylib.kernels._common import no_double_backward, on_device, tl, triton, widened
 from polylib.kernels._cost import Cost
-from polylib.kernels._polynomials import ORDER, check_polynomial, polynomial_backend, sum_of_four, widened
+from polylib.kernels._polynomials import ORDER, check_polynomial, polynomial_backend, sum_of_four
 
 # --- the definition ---------------------------------------------------------------------------------------------------
 

@@ -30,9 +30,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from polylib.kernels._common import check_shape, check_tensors, choose_backend, on_device, tl, triton
+from polylib.kernels._common import check_shape, check_tensors, choose_backend, on_device, tl, triton, widened
 from polylib.kernels._cost import Cost
-from polylib.kernels._polynomials import widened
 
 # --- the definitions --------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,115 @@
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from polylib.quantization import (
+    LSQQuantizer,
+    StatsQuantizer,
+    UniformQuantizer,
+    pack_codes,
+    quantizable,
+    quantize_model,
+    size_in_bytes,
+    unpack_codes,
+    weight_quantizers,
+)
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.LayerNorm(144), nn.Linear(144, 8), nn.Linear(8, 3)
+    )
+
+
+def test_quantize_model_by_name():
+    model, plain = network(), network()
+    assert list(quantizable(model)) == ["0", "4", "5"]
+    assert quantize_model(model, {"0": 2, "4": 4}) is model
+    for name, bits in (("0", 2), ("4", 4)):
+        layer, original = model.get_submodule(name), plain.get_submodule(name).weight
+        assert torch.equal(layer.weight, UniformQuantizer(bits)(original))
+        assert torch.equal(layer.parametrizations.weight.original, original)
+    assert torch.equal(model[5].weight, plain[5].weight)
+    assert torch.equal(model[3].weight, plain[3].weight)
+    assert set(weight_quantizers(model)) == {"0", "4"}
+
+
+def test_quantising_again_starts_from_the_latent_weights():
+    model, plain = network(), network()
+    quantize_model(model, 2)
+    quantize_model(model, 8, StatsQuantizer)
+    assert torch.equal(model[4].weight, StatsQuantizer(8)(plain[4].weight))
+    quantize_model(model, 32)
+    assert not weight_quantizers(model)
+    x = torch.randn(5, 1, 8, 8)
+    assert torch.equal(model(x), plain(x))
+
+
+def test_a_quantised_network_learns():
+    model = quantize_model(network(), 2, partial(LSQQuantizer, axis=0))
+    x, y = torch.randn(64, 1, 8, 8), torch.randint(3, (64,))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    losses = []
+    for _ in range(60):
+        loss = nn.functional.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+    assert all(p.grad is not None for p in model.parameters())
+    assert len(model[5].weight[0].unique()) <= 4
+
+
+def test_size_in_bytes():
+    model = network()
+    others = 4 + 2 * 144 + 8 + 3  # biases and the norm
+    weights = {"0": 36, "4": 1152, "5": 24}
+    assert size_in_bytes(model) == 4 * (others + sum(weights.values()))
+    quantize_model(model, {"0": 3, "4": 2})  # 108 bits and 2304 bits; two steps
+    assert size_in_bytes(model) == 14 + 288 + 2 * 4 + 4 * (others + 24)
+    quantize_model(model, {"0": 32, "4": 2}, partial(LSQQuantizer, axis=0))
+    assert size_in_bytes(model) == 288 + 8 * 4 + 4 * (others + 36 + 24)
+    quantize_model(model, {"4": 2}, partial(UniformQuantizer, symmetric=False))
+    assert size_in_bytes(model) == 288 + 2 * 4 + 4 * (others + 36 + 24)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 100])
+@pytest.mark.parametrize("signed", [True, False])
+def test_packing_is_exact(bits, count, signed):
+    low = -(2 ** (bits - 1)) if signed else 0
+    codes = torch.randint(low, low + 2**bits, (count,))
+    if count > 1:
+        codes[:2] = torch.tensor([low, low + 2**bits - 1])
+    packed = pack_codes(codes, bits, signed=signed)
+    assert packed.dtype == torch.uint8 and len(packed) == -(-bits * count // 8)
+    assert torch.equal(unpack_codes(packed, bits, count, signed=signed), codes)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 8])
+def test_a_stored_weight_comes_back(bits):
+    w = torch.randn(5, 13)
+    quantizer = StatsQuantizer(bits)
+    codes, step, zero = quantizer.integers(w)
+    stored = unpack_codes(pack_codes(codes, bits), bits, w.numel()).view(w.shape)
+    torch.testing.assert_close(step * (stored - zero), quantizer(w))
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: quantize_model(nn.ReLU(), 2), "no linear or convolutional layer"),
+        (lambda: quantize_model(network(), {"3": 2}), "bits names '3'"),
+        (lambda: pack_codes(torch.tensor([2]), 2), "codes must be whole numbers from -2 to 1 for 2 bits"),
+        (lambda: pack_codes(torch.tensor([0.5]), 2), "codes must be whole numbers"),
+        (lambda: pack_codes(torch.tensor([0]), 9), "bits is 9; expected an integer from 1 to 8"),
+        (lambda: unpack_codes(torch.zeros(1, dtype=torch.uint8), 3, 3), "count is 3; 1 bytes hold 2 codes of 3 bits"),
+    ],
+)
+def test_bad_input_raises(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()

@@ -1,0 +1,223 @@
+import copy
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrize
+
+from polylib.quantization import (
+    BinaryQuantizer,
+    FixedPointQuantizer,
+    LSQQuantizer,
+    StatsQuantizer,
+    UniformQuantizer,
+)
+
+PER_TENSOR = {
+    "uniform": UniformQuantizer,
+    "asymmetric": partial(UniformQuantizer, symmetric=False),
+    "fixed-point": FixedPointQuantizer,
+    "StatsQ": partial(StatsQuantizer, per_channel=False),
+    "LSQ": LSQQuantizer,
+    "binary": lambda bits: BinaryQuantizer(per_channel=False),
+}
+PER_CHANNEL = {
+    "uniform": partial(UniformQuantizer, per_channel=True),
+    "asymmetric": partial(UniformQuantizer, symmetric=False, per_channel=True),
+    "fixed-point": partial(FixedPointQuantizer, per_channel=True),
+    "StatsQ": StatsQuantizer,
+    "LSQ": partial(LSQQuantizer, axis=0),
+    "binary": lambda bits: BinaryQuantizer(),
+}
+ALL = [(name, make) for table in (PER_TENSOR, PER_CHANNEL) for name, make in table.items()]
+
+
+def weights(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("shape", [(6, 20), (4, 3, 3, 3)], ids=["linear", "convolution"])
+@pytest.mark.parametrize(("name", "make"), ALL)
+def test_the_result_is_the_step_times_code_minus_zero(name, make, shape, bits):
+    quantizer, w = make(bits), weights(*shape)
+    y = quantizer(w)
+    codes, step, zero = quantizer.integers(w)
+    assert y.shape == codes.shape == w.shape
+    torch.testing.assert_close(y, step * (codes - zero))
+    assert torch.equal(codes, codes.round())
+    bits = quantizer.bits
+    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if quantizer.signed else (0, 2**bits - 1)
+    assert codes.min() >= low and codes.max() <= high
+    assert step.numel() == (shape[0] if make in PER_CHANNEL.values() else 1)
+
+
+@pytest.mark.parametrize(("name", "make"), ALL)
+def test_the_straight_through_gradient(name, make):
+    quantizer, w = make(4), weights(6, 20)
+    cotangent = torch.randn(6, 20)
+    (gradient,) = torch.autograd.grad(quantizer(w), w, cotangent)
+    if name == "LSQ":  # entries beyond the last level get none
+        _, step, _ = quantizer.integers(w)
+        v = w.detach() / step
+        torch.testing.assert_close(gradient, torch.where((v >= -8) & (v <= 7), cotangent, 0))
+    else:
+        assert torch.equal(gradient, cotangent)
+
+
+@pytest.mark.parametrize(("name", "make"), ALL)
+def test_as_a_parametrisation_and_stacked(name, make):
+    x, y = torch.randn(9, 7), torch.randn(9, 5)
+    layers = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        layers.append(nn.Sequential(nn.Linear(7, 5)))
+        parametrize.register_parametrization(layers[-1][0], "weight", make(3))
+    parameters, buffers = torch.func.stack_module_state(layers)
+    skeleton = copy.deepcopy(layers[0]).to("meta")
+
+    def loss(p, b):
+        return F.mse_loss(torch.func.functional_call(skeleton, (p, b), (x,)), y)
+
+    together = torch.vmap(torch.func.grad(loss))(parameters, buffers)
+    for k, layer in enumerate(layers):
+        F.mse_loss(layer(x), y).backward()
+        for key, parameter in layer.named_parameters():
+            torch.testing.assert_close(together[key][k], parameter.grad)
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_uniform_is_the_published_formula(bits, per_channel):
+    w, n = weights(6, 20).detach(), 2 ** (bits - 1) - 1
+    largest = w.abs().amax(1, keepdim=True) if per_channel else w.abs().max()
+    quantizer = UniformQuantizer(bits, per_channel=per_channel)
+    codes, step, zero = quantizer.integers(w)
+    assert torch.equal(codes, torch.clamp(torch.round(w / (largest / n)), -n - 1, n)) and not zero.any()
+    assert ((quantizer(w) - w).abs() <= step / 2 * (1 + 1e-5)).all()
+    assert torch.equal(quantizer(-w), -quantizer(w))
+    torch.testing.assert_close(quantizer(quantizer(w)), quantizer(w))
+
+
+def test_uniform_asymmetric_keeps_zero_and_uses_all_levels():
+    x = F.relu(weights(50, 20)).detach()
+    quantizer = UniformQuantizer(3, symmetric=False)
+    codes, _, zero = quantizer.integers(x)
+    assert (zero == 0).all() and codes.min() == 0 and codes.max() == 7
+    assert not quantizer(x)[x == 0].any()
+    shifted = quantizer.integers(x - 0.3)
+    assert shifted[2].item() == torch.round(0.3 / shifted[1]).item()
+    assert UniformQuantizer(1, symmetric=False)(x).unique().numel() == 2
+
+
+@pytest.mark.parametrize(("name", "make"), ALL)
+def test_a_tensor_of_zeros_gives_zeros(name, make):
+    zeros = torch.zeros(3, 5)
+    y = make(4)(zeros)
+    if name == "LSQ":  # its step is a parameter, which starts at its floor
+        assert y.abs().max() <= 1e-4
+    else:
+        assert not y.any()
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_fixed_point_steps_are_powers_of_two_that_cover_the_range(bits):
+    w = weights(6, 20).detach()
+    quantizer = FixedPointQuantizer(bits, per_channel=True)
+    _, step, _ = quantizer.integers(w)
+    assert torch.equal(step.log2(), step.log2().round())
+    largest = w.abs().amax(1, keepdim=True)
+    assert (largest <= step * 2 ** (bits - 1)).all() and (largest > step * 2 ** (bits - 2)).all()
+    assert ((quantizer(w) - w).abs() <= step).all()
+
+
+def test_binary_is_the_best_multiple_of_the_sign():
+    w = weights(6, 20).detach()
+    y = BinaryQuantizer()(w)
+    scale = y[:, :1].abs()
+    torch.testing.assert_close(y, w.sign() * w.abs().mean(1, keepdim=True))
+    for factor in (0.9, 1.1):
+        assert ((factor * scale * w.sign() - w).square().sum(1) > (y - w).square().sum(1)).all()
+    torch.testing.assert_close(StatsQuantizer(1)(w), y)
+
+
+@pytest.mark.parametrize("unsigned", [False, True])
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_lsq_initial_step_and_its_gradient(bits, unsigned):
+    w = weights(6, 20)
+    quantizer = LSQQuantizer(bits, axis=0, unsigned=unsigned)
+    y = quantizer(w)
+    low, high = (0, 2**bits - 1) if unsigned else (-1, 1) if bits == 1 else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    factor = 4 if unsigned else 1 if bits == 1 else 2
+    torch.testing.assert_close(quantizer.scale, factor * w.detach().abs().mean(1) / high**0.5)
+    cotangent = torch.randn(6, 20)
+    y.backward(cotangent)
+    v = w.detach() / quantizer.scale.detach()[:, None]
+    level = torch.where(v < 0, -1.0, 1.0) if bits == 1 and not unsigned else v.round().clamp(low, high)
+    slope = torch.where((v >= low) & (v <= high), level - v, level)
+    torch.testing.assert_close(quantizer.scale.grad, (cotangent * slope).sum(1) / (high * 20) ** 0.5)
+
+
+def test_lsq_per_token_and_the_floor():
+    x = weights(8, 5, 3)
+    quantizer = LSQQuantizer(3, axis=-2)
+    quantizer(x)
+    assert quantizer.scale.shape == (5,)
+    torch.testing.assert_close(quantizer.scale, 2 * x.detach().abs().mean((0, 2)) / 3**0.5)
+    with torch.no_grad():
+        quantizer.scale.fill_(-1.0)
+    y = quantizer(x)
+    assert y.abs().max() <= 4 * 1.001e-5  # the floor is in the forward pass only
+    y.sum().backward()
+    assert quantizer.scale.grad.abs().max() > 0
+
+
+def test_lsq_steps_are_in_an_optimizer_that_was_built_first():
+    quantizer = LSQQuantizer(3)
+    optimizer = torch.optim.SGD(quantizer.parameters(), lr=0.1)
+    x = weights(50)
+    before = None
+    for _ in range(2):
+        loss = (quantizer(x.detach()) - x.detach()).square().mean()
+        before = quantizer.scale.item() if before is None else before
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert quantizer.scale.item() != before
+
+
+def test_lsq_state_is_saved_and_loaded():
+    saved = LSQQuantizer(3, axis=0)
+    saved(weights(4, 9))
+    loaded = LSQQuantizer(3, axis=0)
+    loaded.load_state_dict(saved.state_dict())
+    assert torch.equal(loaded.scale, saved.scale)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: UniformQuantizer(1), "bits is 1; expected an integer from 2 to 16"),
+        (lambda: UniformQuantizer(17), "bits is 17"),
+        (lambda: UniformQuantizer(0, symmetric=False), "bits is 0; expected an integer from 1 to 16"),
+        (lambda: FixedPointQuantizer(1), "bits is 1; expected an integer from 2 to 16"),
+        (lambda: StatsQuantizer(0), "bits is 0"),
+        (lambda: LSQQuantizer(2.5), "bits is 2.5"),
+        (lambda: UniformQuantizer(2)(torch.zeros(0, 3)), r"x has shape \(0, 3\)"),
+        (lambda: StatsQuantizer(2)(torch.zeros(3, 0)), r"x has shape \(3, 0\)"),
+        (lambda: LSQQuantizer(2)(torch.zeros(0)), r"first tensor has shape \(0,\)"),
+        (lambda: UniformQuantizer(2).integers(torch.tensor([1.0, float("nan")])), "not finite"),
+        (lambda: StatsQuantizer(2).integers(torch.tensor([[1.0, float("inf")]])), "not finite"),
+    ],
+)
+def test_bad_input_raises(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()
+
+
+def test_integer_tensors_are_refused():
+    for quantizer in (UniformQuantizer(4), StatsQuantizer(4)):
+        with pytest.raises(TypeError, match="floating-point"):
+            quantizer(torch.ones(2, 3, dtype=torch.int64))
