@@ -18,7 +18,7 @@ $$\nabla x = \begin{cases} G & l \le v \le h \\ 0 & \text{else}\end{cases}, \qqu
 With `clip=False` $\nabla x = G$ everywhere, as if nothing had been done to x.
 
 What is saved for backward: x and s. Forward reads x and writes y, two passes through memory, where PyTorch's operations
-one after the other take 13 (divide, clamp, round, a difference, a sum, a product). Backward reads x and G and writes
+one after the other take 14 (divide, clamp, round, a difference, a sum, a product). Backward reads x and G and writes
 the gradient of x, three passes, and takes the sum for the step on the way: each program stores one number for each row
 of its tile, and one addition in a fixed order follows. No atomics: the same bits always.
 
