@@ -3,6 +3,7 @@
 from polylib.optimization.curvature import (
     LanczosResult,
     SpectralDensity,
+    flat_matvec,
     ggn_vector_product,
     hessian_matvec,
     hessian_vector_product,
@@ -38,6 +39,7 @@ __all__ = [
     "batch_top_eigenvalue",
     "cross_entropy_z_loss",
     "decay_groups",
+    "flat_matvec",
     "ggn_vector_product",
     "hessian_matvec",
     "hessian_noise",

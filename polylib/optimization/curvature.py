@@ -51,8 +51,8 @@ def ggn_vector_product(
     return vjp(model_fn, params)[1](hessian_vector_product(loss_fn, outputs, change))[0]
 
 
-def hessian_matvec(loss_fn: Callable[[dict[str, Tensor]], Tensor], params: dict[str, Tensor]) -> Matvec:
-    """The Hessian of `loss_fn` at `params` as a function of flat vectors `(P,)`, for `lanczos` and `spectral_density`.
+def flat_matvec(product: Callable[[dict[str, Tensor]], dict[str, Tensor]], params: dict[str, Tensor]) -> Matvec:
+    """A product with dicts of tensors like `params` as a function of flat vectors `(P,)`, for `lanczos`.
 
     The vector holds the parameters in the order of the dict, each flattened, as `parameters_to_vector` of torch does.
     """
@@ -60,10 +60,15 @@ def hessian_matvec(loss_fn: Callable[[dict[str, Tensor]], Tensor], params: dict[
 
     def matvec(vector: Tensor) -> Tensor:
         parts = zip(params.items(), vector.split(sizes), strict=True)
-        product = hessian_vector_product(loss_fn, params, {name: part.view_as(p) for (name, p), part in parts})
-        return torch.cat([product[name].flatten() for name in params])
+        result = product({name: part.view_as(value) for (name, value), part in parts})
+        return torch.cat([result[name].flatten() for name in params])
 
     return matvec
+
+
+def hessian_matvec(loss_fn: Callable[[dict[str, Tensor]], Tensor], params: dict[str, Tensor]) -> Matvec:
+    """The Hessian of `loss_fn` at `params` as a function of flat vectors `(P,)`, for `lanczos` and `spectral_density`."""
+    return flat_matvec(lambda v: hessian_vector_product(loss_fn, params, v), params)
 
 
 class LanczosResult(NamedTuple):

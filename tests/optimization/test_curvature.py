@@ -6,6 +6,7 @@ from torch import nn
 from torch.func import functional_call, hessian, vmap
 
 from polylib.optimization import (
+    flat_matvec,
     ggn_vector_product,
     hessian_matvec,
     hessian_vector_product,
@@ -79,6 +80,8 @@ def test_gauss_newton_is_the_hessian_of_the_linearised_model(problem):
     product = ggn_vector_product(outputs, of_outputs, params, v)
     flat = [torch.cat([part[name].flatten() for name in params]) for part in (product, v)]
     torch.testing.assert_close(flat[0], dense @ flat[1])
+    matvec = flat_matvec(lambda v: ggn_vector_product(outputs, of_outputs, params, v), params)
+    torch.testing.assert_close(vmap(matvec)(torch.stack([flat[1], -flat[1]])), torch.stack([flat[0], -flat[0]]))
     assert torch.linalg.eigvalsh(dense)[0] > -1e-12
 
 

@@ -1,0 +1,199 @@
+"""Rich and lazy training by the rank of the initial weights: a linear theory, and small recurrent networks.
+
+Y. H. Liu and others, ICLR 2024 (arXiv 2310.08513). The exact expressions for two-layer linear networks follow from the
+conservation of W1 W1^T - w2 w2^T under gradient flow.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, grad_and_value, stack_module_state, vmap
+
+from polylib.kernels import sweep_sgd_step
+
+
+class LinearRankTheory(NamedTuple):
+    """What gradient flow did to a two-layer linear network when it has learned its task.
+
+    `ka`: alignment of the tangent kernels before and after, over all parameters. `dw1_sq`, `dw2_sq`: squared Frobenius
+    norms of the changes of the two layers.
+    """
+
+    ka: float
+    dw1_sq: float
+    dw2_sq: float
+
+
+def linear_rank_theory(
+    d: int, rank: int, sigma: float, beta_norm: float = 1.0, cos2: float | None = None
+) -> LinearRankTheory:
+    """Laziness of the network f(x) = w2 . W1 x as a function of the rank of W1, in closed form.
+
+    The start is w2 = 0 and W1 = sigma / sqrt(rank) U V^T with orthonormal columns, the inputs are white, the target is
+    beta . x, and gradient flow runs until the error is zero.
+
+    Args:
+        d: the number of inputs.
+        rank: of W1 at the start, 1 to `d`.
+        sigma: the Frobenius norm of W1 at the start, the same for all ranks.
+        beta_norm: the length of the target.
+        cos2: the squared cosine of the angle between the target and the row space of W1: 1 for an aligned start. By
+            default rank / d, its mean over random targets. `ka` is linear in it, so that it is the mean then; the
+            changes of the weights are those of a target at that angle.
+
+    Raises:
+        ValueError: a number out of its range.
+    """
+    if not 1 <= rank <= d:
+        raise ValueError(f"rank is {rank}; expected 1 to d = {d}")
+    if not sigma > 0 or not beta_norm > 0:
+        raise ValueError(f"sigma and beta_norm are {sigma} and {beta_norm}; expected numbers above 0")
+    cos2 = rank / d if cos2 is None else cos2
+    if not 0 <= cos2 <= 1:
+        raise ValueError(f"cos2 is {cos2}; expected 0 to 1")
+    s2 = sigma**2 / rank
+    a2 = (math.sqrt(s2**2 + 4 * beta_norm**2) - s2) / 2  # the squared length of w2 at the end
+    shared = s2 * (rank - 1) + (s2 + a2) * cos2 + a2 * rank
+    end = s2**2 * (rank - 1) + (s2 + a2) ** 2 + d * a2**2 + 2 * a2 * s2 * (rank - 1) + 2 * a2 * (s2 + a2)
+    change = 2 * s2 + a2 - 2 * math.sqrt(s2 * (s2 + a2) * cos2)
+    return LinearRankTheory(shared / math.sqrt(rank * end), change, a2)
+
+
+class ReluRNN(nn.Module):
+    """A recurrent network without biases: h_t = relu((1 - a) h_(t-1) + a (W_in x_t + W h_(t-1))), read at the end.
+
+    All three matrices start as those of `torch.nn.Linear`; set `recurrent.weight` to study its rank.
+
+    Args:
+        inputs, hidden, outputs: the numbers of units.
+        leak: a, the step in units of the time constant; 1 forgets the last state except through W.
+    """
+
+    def __init__(self, inputs: int, hidden: int, outputs: int, *, leak: float = 1.0) -> None:
+        super().__init__()
+        if not 0 < leak <= 1:
+            raise ValueError(f"leak is {leak}; expected a number above 0, at most 1")
+        self.leak = leak
+        self.input = nn.Linear(inputs, hidden, bias=False)
+        self.recurrent = nn.Linear(hidden, hidden, bias=False)
+        self.readout = nn.Linear(hidden, outputs, bias=False)
+
+    def states(self, x: Tensor) -> Tensor:
+        """From inputs `(batch, time, inputs)` the states `(batch, time, hidden)`; the one before the first is zero."""
+        driven = self.leak * self.input(x)
+        states = [driven[:, 0].relu()]
+        for t in range(1, x.shape[1]):
+            now = driven[:, t] + self.leak * self.recurrent(states[-1])
+            states.append((now if self.leak == 1 else now + (1 - self.leak) * states[-1]).relu())
+        return torch.stack(states, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """From inputs `(batch, time, inputs)` the outputs after the last step, `(batch, outputs)`."""
+        return self.readout(self.states(x)[:, -1])
+
+
+def train_to_loss(
+    models: Sequence[nn.Module],
+    x: Tensor,
+    y: Tensor,
+    *,
+    rate: float,
+    target: float,
+    max_steps: int,
+    batch_size: int = 32,
+    momentum: float = 0.9,
+    memory: float = 0.95,
+    seeds: Sequence[int] | int = 0,
+    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+    watch: Callable[[dict[str, Tensor]], Tensor] | None = None,
+    watch_at: Sequence[int] = (),
+) -> dict[str, Tensor]:
+    """Train K networks of one architecture together, in place, each until its running loss is below `target`.
+
+    Networks that learn at different speeds are compared at equal loss. The running loss is an exponential mean over
+    mini-batches that starts at the first loss. A network that gets there is left as it is, and so is one whose loss is
+    not finite; the others go on in a smaller stack. Batches are drawn with replacement.
+
+    Args:
+        models: K modules that differ in nothing but the values of their parameters; no buffers that change.
+        x, y: `(samples, ...)`, the inputs and targets of all networks.
+        rate, momentum: of stochastic gradient descent.
+        memory: the factor of the running loss from one step to the next.
+        seeds: of the batches, one for each model or one for all. Models of one seed see the same batches.
+        watch: what to measure along training: from the stacked parameters, each `(K, ...)`, a tensor `(K, ...)`.
+        watch_at: after how many steps, ascending; a network that has stopped is measured as it stands.
+
+    Returns:
+        `loss`, `(K, steps)`: of each mini-batch, not a number after a network stopped; `steps`, `(K,)`: how many it
+        took; `reached`, `(K,)`: whether it got to the target; with `watch`, `watched`, `(K, len(watch_at), ...)`.
+
+    Raises:
+        ValueError: no models, seeds that are not one for each, or a setting out of range.
+    """
+    if not models:
+        raise ValueError("models is empty; expected at least one")
+    seeds = [seeds] * len(models) if isinstance(seeds, int) else list(seeds)
+    if len(seeds) != len(models):
+        raise ValueError(f"seeds has {len(seeds)} entries; expected one for each of the {len(models)} models")
+    if max_steps < 1 or batch_size < 1 or not 0 <= memory < 1 or not 0 <= momentum < 1:
+        given = f"{max_steps}, {batch_size}, {memory} and {momentum}"
+        raise ValueError(f"max_steps, batch_size, memory and momentum are {given}; expected 1, 1 or more; 0 to below 1")
+    if list(watch_at) != sorted(set(watch_at)) or (watch_at and not 0 <= watch_at[0] <= watch_at[-1] <= max_steps):
+        raise ValueError(f"watch_at is {list(watch_at)}; expected ascending numbers of steps, from 0 to {max_steps}")
+    skeleton = copy.deepcopy(models[0]).to("meta")
+    whole = {name: value.detach() for name, value in stack_module_state(list(models))[0].items()}
+    shared = len(set(seeds)) == 1
+    gradient = vmap(
+        grad_and_value(lambda p, x, y: loss(functional_call(skeleton, p, (x,)), y)), (0, *[None if shared else 0] * 2)
+    )
+    generators = {seed: torch.Generator().manual_seed(seed) for seed in dict.fromkeys(seeds)}
+    alive = torch.arange(len(models))
+    part, velocity = dict(whole), {name: torch.zeros_like(value) for name, value in whole.items()}
+    losses = whole[next(iter(whole))].new_full((len(models), max_steps), torch.nan)
+    running, steps = None, torch.zeros(len(models), dtype=torch.long)
+    reached, watched = torch.zeros(len(models), dtype=torch.bool), []
+
+    def look(step: int) -> None:
+        if watch and step in watch_at:
+            watched.append(watch(_written(whole, part, alive)))
+
+    look(0)
+    for step in range(max_steps):
+        drawn = {seed: torch.randint(len(x), (batch_size,), generator=g) for seed, g in generators.items()}
+        index = drawn[seeds[0]] if shared else torch.stack([drawn[seeds[k]] for k in alive.tolist()])
+        gradients, values = gradient(part, x[index], y[index])
+        rates = values.new_full((len(alive),), rate)
+        for name, value in part.items():
+            sweep_sgd_step(value, gradients[name], rates, velocity=velocity[name], momentum=momentum)
+        losses[alive, step] = values
+        steps[alive] += 1
+        running = values if running is None else memory * running + (1 - memory) * values
+        done = running < target
+        going = ~done & values.isfinite()
+        if not going.all():
+            whole = _written(whole, part, alive)
+            reached[alive[done]] = True
+            alive, running = alive[going], running[going]
+            part, velocity = ({name: value[going] for name, value in held.items()} for held in (part, velocity))
+        if not len(alive):
+            for later in (n for n in watch_at if n > step):
+                look(later)
+            break
+        look(step + 1)
+    whole = _written(whole, part, alive)
+    with torch.no_grad():
+        for k, model in enumerate(models):
+            for name, parameter in model.named_parameters():
+                parameter.copy_(whole[name][k])
+    result = {"loss": losses[:, : int(steps.max())], "steps": steps, "reached": reached}
+    return result | ({"watched": torch.stack(watched, 1)} if watched else {})
+
+
+def _written(whole: dict[str, Tensor], part: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
+    """All networks, with those that are still in training as they stand now."""
+    return {name: value.index_copy(0, rows, part[name]) for name, value in whole.items()}
