@@ -336,9 +336,9 @@ def _installed_peers(bits: int, rows: int, columns: int, per_channel: bool, step
 def bench_cases(device: torch.device, quick: bool) -> Iterator[tuple]:
     """Yield (label, dtype, (cost of inference, cost of forward and backward), {contestant: (function, its tensors)}).
 
-    Four bits, one step or one for each row, fixed or learned. The peers are PyTorch's own fake quantisers, whose
-    learned form is what its quantisation-aware training uses, and for a fixed step torchao and brevitas where they are
-    installed.
+    Four bits; one step ("t"), or one for each row, a channel ("c"); fixed, or learned ("+s"). The peers are PyTorch's own
+    fake quantisers, whose learned form is what its quantisation-aware training uses, and for a fixed step torchao and
+    brevitas where they are installed.
     """
     sizes, dtypes = [(256, 1024), (1024, 1024)], [torch.float32]
     if device.type == "cuda":
@@ -347,7 +347,7 @@ def bench_cases(device: torch.device, quick: bool) -> Iterator[tuple]:
     for dtype in dtypes:
         for rows, columns in [(8, 64)] if quick else sizes:
             x = torch.randn(rows, columns, device=device, dtype=dtype)
-            for name, axis, channels in (("tensor", None, 1), ("channel", 0, rows)):
+            for name, axis, channels in (("t", None, 1), ("c", 0, rows)):
                 steps = torch.full((channels,), 0.3, device=device)
                 zeros = torch.zeros(channels, device=device)
                 whole = zeros.int()
@@ -382,4 +382,4 @@ def bench_cases(device: torch.device, quick: bool) -> Iterator[tuple]:
                     "ours": (ours, (x, steps)),
                 }
                 yield f"{rows}x{columns} {name}", dtype, costs, fixed
-                yield f"{rows}x{columns} {name}, learned", dtype, costs, learned
+                yield f"{rows}x{columns} {name}+s", dtype, costs, learned

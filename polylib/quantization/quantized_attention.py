@@ -43,7 +43,7 @@ def activation_quantizer(bits: int, channels: int, axis: int | None = -2, unsign
 
 
 class _Attention(nn.Module):
-    """What both attentions share: the input, the values, the probabilities and the output, all quantised."""
+    """What both attentions share: all but `logits(x)`, which takes the quantised input."""
 
     def __init__(self, dim: int, heads: int, bits: int) -> None:
         super().__init__()
@@ -55,9 +55,6 @@ class _Attention(nn.Module):
         self.value_levels = activation_quantizer(bits, dim, axis=-1)
         self.probability_levels = nn.Identity() if bits == 32 else LSQQuantizer(bits, axis=-2, unsigned=True)
         self.output_input = activation_quantizer(bits, dim)
-
-    def logits(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.input(x)
