@@ -336,9 +336,9 @@ def _installed_peers(bits: int, rows: int, columns: int, per_channel: bool, step
 def bench_cases(device: torch.device, quick: bool) -> Iterator[tuple]:
     """Yield (label, dtype, (cost of inference, cost of forward and backward), {contestant: (function, its tensors)}).
 
-    Four bits; one step ("t"), or one for each row, a channel ("c"); fixed, or learned ("+s"). The peers are PyTorch's own
-    fake quantisers, whose learned form is what its quantisation-aware training uses, and for a fixed step torchao and
-    brevitas where they are installed.
+    Four bits; one step ("t"), or one for each row, a channel ("c"); fixed, or learned ("+s"). The peers are PyTorch's
+    own fake quantisers, whose learned form is what its quantisation-aware training uses, and for a fixed step torchao
+    and brevitas where they are installed.
     """
     sizes, dtypes = [(256, 1024), (1024, 1024)], [torch.float32]
     if device.type == "cuda":
