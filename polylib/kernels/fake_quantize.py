@@ -18,7 +18,7 @@ $$\nabla x = \begin{cases} G & l \le v \le h \\ 0 & \text{else}\end{cases}, \qqu
 With `clip=False` $\nabla x = G$ everywhere, as if nothing had been done to x.
 
 What is saved for backward: x and s. Forward reads x and writes y, two passes through memory, where PyTorch's operations
-one after the other take 13 (divide, clamp, round, a difference, a sum, a product). Backward reads x and G and writes
+one after the other take 14 (divide, clamp, round, a difference, a sum, a product). Backward reads x and G and writes
 the gradient of x, three passes, and takes the sum for the step on the way: each program stores one number for each row
 of its tile, and one addition in a fixed order follows. No atomics: the same bits always.
 
@@ -336,9 +336,9 @@ def _installed_peers(bits: int, rows: int, columns: int, per_channel: bool, step
 def bench_cases(device: torch.device, quick: bool) -> Iterator[tuple]:
     """Yield (label, dtype, (cost of inference, cost of forward and backward), {contestant: (function, its tensors)}).
 
-    Four bits, one step or one for each row, fixed or learned. The peers are PyTorch's own fake quantisers, whose
-    learned form is what its quantisation-aware training uses, and for a fixed step torchao and brevitas where they are
-    installed.
+    Four bits; one step ("t"), or one for each row, a channel ("c"); fixed, or learned ("+s"). The peers are PyTorch's
+    own fake quantisers, whose learned form is what its quantisation-aware training uses, and for a fixed step torchao
+    and brevitas where they are installed.
     """
     sizes, dtypes = [(256, 1024), (1024, 1024)], [torch.float32]
     if device.type == "cuda":
@@ -347,7 +347,7 @@ def bench_cases(device: torch.device, quick: bool) -> Iterator[tuple]:
     for dtype in dtypes:
         for rows, columns in [(8, 64)] if quick else sizes:
             x = torch.randn(rows, columns, device=device, dtype=dtype)
-            for name, axis, channels in (("tensor", None, 1), ("channel", 0, rows)):
+            for name, axis, channels in (("t", None, 1), ("c", 0, rows)):
                 steps = torch.full((channels,), 0.3, device=device)
                 zeros = torch.zeros(channels, device=device)
                 whole = zeros.int()
@@ -382,4 +382,4 @@ def bench_cases(device: torch.device, quick: bool) -> Iterator[tuple]:
                     "ours": (ours, (x, steps)),
                 }
                 yield f"{rows}x{columns} {name}", dtype, costs, fixed
-                yield f"{rows}x{columns} {name}, learned", dtype, costs, learned
+                yield f"{rows}x{columns} {name}+s", dtype, costs, learned

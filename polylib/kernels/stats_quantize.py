@@ -16,7 +16,7 @@ float32.
 The gradient of w is that of y, for every entry, and nothing flows through s: backward has no kernel and saves nothing.
 
 Forward reads w once and writes y once: a row waits in registers while its sum is taken. PyTorch's operations one after
-the other pass over the row 14 times. A row of more than 16,384 entries would not fit; then one kernel sums blocks, each
+the other pass over memory 25 times. A row of more than 16,384 entries would not fit; then one kernel sums blocks, each
 sum is added up in a fixed order, and a second kernel quantises: three passes.
 """
 

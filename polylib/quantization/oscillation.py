@@ -6,7 +6,7 @@ that of Nagel, Fournarakis, Bondarenko, Blankevoort, "Overcoming Oscillations in
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -40,20 +40,24 @@ class OscillationMeter:
 
     Args:
         model: with weights quantised by `quantize_model`; their present state is what the first update compares with.
+        layers: the names of the layers to look at; by default every layer with a quantised weight.
         momentum: of the moving average of each weight's reversals, `frequency(name)`.
 
     Raises:
-        ValueError: a model without quantised weights.
+        ValueError: a model without quantised weights, or a layer that has none.
     """
 
-    def __init__(self, model: nn.Module, momentum: float = 0.01) -> None:
-        if not weight_quantizers(model):
-            raise ValueError(f"model ({type(model).__name__}) has no quantised weight; quantize_model makes some")
+    def __init__(self, model: nn.Module, layers: Iterable[str] | None = None, momentum: float = 0.01) -> None:
+        quantised = weight_quantizers(model)
+        self.layers = list(quantised if layers is None else layers)
+        if not self.layers or not set(self.layers) <= set(quantised):
+            raise ValueError(f"layers is {self.layers}; expected some of the quantised layers {list(quantised)}")
         self.model, self.momentum = model, momentum
         self.updates = 0
         self._totals = dict.fromkeys(("flip", "reversal", "scale_flip", "energy", "jitter"), 0.0)
         self._states = {}
-        for name, (quantizer, latent) in weight_quantizers(model).items():
+        for name in self.layers:
+            quantizer, latent = quantised[name]
             codes, step, _ = quantizer.integers(latent)
             zeros = torch.zeros_like(codes)
             self._states[name] = _State(latent.detach().clone(), codes, step, zeros, zeros.clone())
@@ -62,8 +66,9 @@ class OscillationMeter:
     def update(self) -> None:
         """Compare the weights with those of the last call."""
         counts = dict.fromkeys(("flip", "reversal", "scale_flip", "noise", "power", "jitter", "weights", "steps"), 0.0)
-        for name, (quantizer, latent) in weight_quantizers(self.model).items():
-            state = self._states[name]
+        quantised = weight_quantizers(self.model)
+        for name, state in self._states.items():
+            quantizer, latent = quantised[name]
             codes, step, zero = quantizer.integers(latent)
             flipped, direction = codes != state.codes, (codes - state.codes).sign()
             reversed_ = flipped & (direction == -state.direction)

@@ -24,11 +24,11 @@ class ActivationQuantizer(nn.Module):
     Args:
         bits: 1 to 16.
         channels: the size of the last axis.
-        axis: the axis with a step for each index: -2 for one step a token, -1 for one a channel.
+        axis: the axis with a step for each index: -2 for one step a token, -1 for one a channel; None for one step.
         unsigned: levels from zero upwards.
     """
 
-    def __init__(self, bits: int, channels: int, axis: int = -2, unsigned: bool = False) -> None:
+    def __init__(self, bits: int, channels: int, axis: int | None = -2, unsigned: bool = False) -> None:
         super().__init__()
         self.quantizer = LSQQuantizer(bits, axis, unsigned)
         self.shift_in, self.shift_out = (nn.Parameter(torch.zeros(channels)) for _ in range(2))
@@ -37,13 +37,13 @@ class ActivationQuantizer(nn.Module):
         return self.quantizer(x + self.shift_in) + self.shift_out
 
 
-def activation_quantizer(bits: int, channels: int, axis: int = -2, unsigned: bool = False) -> nn.Module:
+def activation_quantizer(bits: int, channels: int, axis: int | None = -2, unsigned: bool = False) -> nn.Module:
     """An `ActivationQuantizer`, or the identity at 32 bits."""
     return nn.Identity() if bits == 32 else ActivationQuantizer(bits, channels, axis, unsigned)
 
 
 class _Attention(nn.Module):
-    """What both attentions share: the input, the values, the probabilities and the output, all quantised."""
+    """What both attentions share: all but `logits(x)`, which takes the quantised input."""
 
     def __init__(self, dim: int, heads: int, bits: int) -> None:
         super().__init__()
@@ -55,9 +55,6 @@ class _Attention(nn.Module):
         self.value_levels = activation_quantizer(bits, dim, axis=-1)
         self.probability_levels = nn.Identity() if bits == 32 else LSQQuantizer(bits, axis=-2, unsigned=True)
         self.output_input = activation_quantizer(bits, dim)
-
-    def logits(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.input(x)
