@@ -67,7 +67,7 @@ def flat_matvec(product: Callable[[dict[str, Tensor]], dict[str, Tensor]], param
 
 
 def hessian_matvec(loss_fn: Callable[[dict[str, Tensor]], Tensor], params: dict[str, Tensor]) -> Matvec:
-    """The Hessian of `loss_fn` at `params` as a function of flat vectors `(P,)`, for `lanczos` and `spectral_density`."""
+    """The Hessian of `loss_fn` at `params` as a function of flat vectors `(P,)`."""
     return flat_matvec(lambda v: hessian_vector_product(loss_fn, params, v), params)
 
 
