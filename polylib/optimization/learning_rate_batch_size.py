@@ -42,8 +42,9 @@ def batch_top_eigenvalue(
 
     Args:
         lam1: the largest eigenvalue over all data, above 0.
-        noise: the mean squared change of the matrix's product with its top eigenvector from one sample to the next
-            (see `hessian_noise`); for independent entries, their variance times the number of parameters.
+        noise: for `"hessian"` the mean square of what one sample adds to the matrix's product with the top eigenvector
+            (see `hessian_noise`), which for independent entries is their variance times the number of parameters. For
+            `"ggn"` the trace of the bulk, `dim` times v.
         dataset_size: how many samples there are; None for infinitely many.
         dim: the number of parameters, for `"ggn"`.
 
@@ -181,9 +182,9 @@ def _polyak(large: float, small: float, momentum: bool = True) -> tuple[float, f
 class SpectralSGD(torch.optim.SGD):
     """SGD with momentum whose learning rate and momentum come from the curvature, measured now and then by `refresh`.
 
-    The Ritz values must come from batches as large as those of the training: a larger batch has less curvature, and the
-    rate that it suggests is too large. Even so the method is meant for large batches; with small ones the noise in the
-    curvature makes the momentum approach 1.
+    Measure on batches as large as those of the training: a larger batch has less curvature, and the rate that it
+    suggests is larger. The method is meant for large batches. Small ones differ so much in their curvature that a rate
+    at the edge for some of them is beyond the edge for others.
 
     Args:
         params, lr, momentum, weight_decay: as in `torch.optim.SGD`; rate and momentum are in force until the first
