@@ -79,7 +79,7 @@ def hessian_noise(
     *data: Tensor,
     chunk_size: int | None = None,
 ) -> float:
-    """How much the Hessian of one sample differs from the mean one along a direction: E ||(H_i - H) u||^2.
+    """How much the Hessian of one sample differs from the mean one along a direction: ``E ||(H_i - H) u||^2``.
 
     With the top eigenvector for `direction` this is the noise of `batch_top_eigenvalue`; a random direction on the
     sphere gives the isotropic noise, which is the same for independent entries only.

@@ -36,7 +36,7 @@ class QKNormAttention(nn.Module):
 
     q and k pass through a layer norm over the features of a head, with one learned scale that all heads share, then
     through rotary embedding. The logits q k^T / sqrt(d), with d = dim / num_heads, are then at most
-    sqrt(d) max|scale_q| max|scale_k| in magnitude, whatever the weights.
+    ``sqrt(d) max|scale_q| max|scale_k|`` in magnitude, whatever the weights.
 
     While `track` is true, each call stores the largest magnitude of a logit of a visible pair in `max_logit`, a
     scalar. Leave it off under `vmap`.

@@ -141,7 +141,7 @@ def _rows(output: Tensor, x: Tensor) -> Tensor:
 
 
 def kernel_alignment(k0: Tensor, k1: Tensor, *, center: bool = False) -> Tensor:
-    """The cosine of the angle between two kernels: <K0, K1> / (|K0| |K1|), in the Frobenius product.
+    """The cosine of the angle between two kernels: ``<K0, K1> / (|K0| |K1|)``, in the Frobenius product.
 
     1 if one is a positive multiple of the other. Between 0 and 1 for positive semidefinite kernels.
 
