@@ -7,6 +7,7 @@ sliders over the precomputed grid in the built site (`assets/polylib.js`), and a
 import inspect
 import itertools
 import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from polylib.lab.progress_bar import is_live, listening, progress
 
 Result = dict[str, np.ndarray]
 Point = dict[str, Any]
+
+_one_run = threading.RLock()  # a live sweep has its own thread, and torch's forward derivatives can't serve two threads
 
 
 def cache_folder() -> Path:
@@ -95,10 +98,8 @@ class Sweep:
         for name, value in point.items():
             if value not in self.knobs[name]:
                 raise ValueError(f"{name} is {value!r}; expected one of {self.knobs[name]}")
-        whole = self._recalled(self._call(point))
-        if whole is None:
-            whole = self._keep(self._call(point), _compute(self.run, self._call(point)))
-        return self._slice(whole, point)
+        call = self._call(point)
+        return self._slice(self._recalled(call) or self._computed(call), point)
 
     def figure(self, **point: Any) -> go.Figure:
         """The figure at one point; knobs that are not named stand at their start."""
@@ -113,6 +114,10 @@ class Sweep:
             return whole
         index = self.knobs[self.batch].index(point[self.batch])
         return {name: array[index] for name, array in whole.items()}
+
+    def _computed(self, call: Point) -> Result:
+        with _one_run:  # while this thread waited, another one may have computed the same
+            return self._recalled(call) or self._keep(call, self.run(**call))
 
     # What is kept
 
@@ -211,10 +216,6 @@ def _check_knobs(run: Callable[..., Any], knobs: dict[str, list[Any]], batch: st
         inspect.signature(run).bind(**dict.fromkeys(knobs))
     except TypeError as error:
         raise ValueError(f"run can't be called with the knobs {sorted(knobs)}: {error}") from None
-
-
-def _compute(run: Callable[..., Mapping[str, Any]], call: Point) -> Mapping[str, Any]:
-    return run(**call)
 
 
 def _numbered(run: Callable[..., Mapping[str, Any]], number: int, call: Point) -> tuple[int, Result]:

@@ -91,3 +91,22 @@ def test_figures_with_other_traces_replace_each_other():
     wait_for(lambda: [trace.type for trace in figure.data] == ["scatter"])
     slider.value = 3
     wait_for(lambda: [trace.type for trace in figure.data] == ["bar"] * 3)
+
+
+def test_the_live_sweep_and_a_cell_do_not_run_at_the_same_time():
+    inside, overlap, runs = threading.Event(), threading.Event(), []
+
+    def run(k):
+        (overlap if inside.is_set() else inside).set()
+        runs.append(k)
+        overlap.wait(0.2)
+        inside.clear()
+        return {"y": np.full(4, k)}
+
+    sweep = Sweep(run, {"k": [1, 2]}, draw, start={"k": 1})
+    _, figure, _, _ = parts(sweep.widget())
+    wait_for(inside.is_set)
+    assert sweep.result(k=2)["y"][0] == 2
+    assert sweep.result(k=1)["y"][0] == 1
+    wait_for(lambda: shows(figure, 1))
+    assert not overlap.is_set() and sorted(runs) == [1, 2]
