@@ -152,11 +152,12 @@ def train_to_loss(
         grad_and_value(lambda p, x, y: loss(functional_call(skeleton, p, (x,)), y)), (0, *[None if shared else 0] * 2)
     )
     generators = {seed: torch.Generator().manual_seed(seed) for seed in dict.fromkeys(seeds)}
-    alive = torch.arange(len(models))
+    device = next(iter(whole.values())).device
+    alive = torch.arange(len(models), device=device)
     part, velocity = dict(whole), {name: torch.zeros_like(value) for name, value in whole.items()}
     losses = whole[next(iter(whole))].new_full((len(models), max_steps), torch.nan)
-    running, steps = None, torch.zeros(len(models), dtype=torch.long)
-    reached, watched = torch.zeros(len(models), dtype=torch.bool), []
+    running, steps = None, torch.zeros(len(models), dtype=torch.long, device=device)
+    reached, watched = torch.zeros(len(models), dtype=torch.bool, device=device), []
 
     def look(step: int) -> None:
         if watch and step in watch_at:
@@ -164,7 +165,7 @@ def train_to_loss(
 
     look(0)
     for step in range(max_steps):
-        drawn = {seed: torch.randint(len(x), (batch_size,), generator=g) for seed, g in generators.items()}
+        drawn = {seed: torch.randint(len(x), (batch_size,), generator=g).to(device) for seed, g in generators.items()}
         index = drawn[seeds[0]] if shared else torch.stack([drawn[seeds[k]] for k in alive.tolist()])
         gradients, values = gradient(part, x[index], y[index])
         rates = values.new_full((len(alive),), rate)
