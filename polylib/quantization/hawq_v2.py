@@ -1,8 +1,8 @@
 """How many bits a layer needs: the trace of its Hessian, and the sensitivity to rounding that it gives.
 
 At a minimum of the loss a small change d of the n weights of a layer costs about d^T H d / 2, where H is the layer's
-block of the Hessian. For a d that favours no eigenvector this is ``|d|``^2 Tr(H) / (2 n). HAWQ-V2 sums
-``|Q(W) - W|``^2 Tr(H) / n over the layers, Omega, and looks for the bits that make it small (`select_bits`).
+block of the Hessian. For a d that favours no eigenvector this is ``|d|^2`` Tr(H) / (2 n). HAWQ-V2 sums
+``|Q(W) - W|^2`` Tr(H) / n over the layers, Omega, and looks for the bits that make it small (`select_bits`).
 
 Source: Dong and others, "HAWQ-V2: Hessian Aware trace-Weighted Quantization of Neural Networks", NeurIPS 2020. The
 estimator of the trace: Hutchinson, "A stochastic estimator of the trace of the influence matrix", 1989.
@@ -141,7 +141,7 @@ def quantization_sensitivity(
     bits: Sequence[int],
     quantizer: Callable[[int], nn.Module] = UniformQuantizer,
 ) -> tuple[Tensor, Tensor]:
-    """What each number of bits costs each layer: Omega = average trace times ``|Q(W) - W|``^2.
+    """What each number of bits costs each layer: Omega = average trace times ``|Q(W) - W|^2``.
 
     Args:
         weights: L tensors, of any shape.
@@ -151,7 +151,7 @@ def quantization_sensitivity(
         quantizer: makes a quantiser from a number of bits.
 
     Returns:
-        Omega and the squared distances ``|Q(W) - W|``^2, both `(L, B)`, float64.
+        Omega and the squared distances ``|Q(W) - W|^2``, both `(L, B)`, float64.
 
     Raises:
         ValueError: no weights, another number of traces, or traces that are not finite.
