@@ -28,6 +28,7 @@ class HutchinsonTrace(NamedTuple):
     stderr: Tensor
 
 
+@torch.no_grad()
 def hutchinson_trace(
     loss_fn: Callable[[dict[str, Tensor]], Tensor],
     params: Mapping[str, Tensor],
@@ -74,7 +75,7 @@ def hutchinson_trace(
             (change,) = products(z)
             return torch.stack([(z[name] * change[name]).sum() for name in z])
 
-        return vmap(one, chunk_size=chunk_size)(probes).detach()
+        return vmap(one, chunk_size=chunk_size)(probes)
 
     parts = [{name: value} for name, value in params.items()] if per_block else [params]
     samples = torch.cat([blocks(own) for own in parts], 1)
