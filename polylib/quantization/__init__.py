@@ -1,5 +1,12 @@
 """Networks with few bits: the methods of the book's part on quantisation."""
 
+from polylib.quantization.bit_allocation import ParetoFrontier, pareto_frontier, select_bits
+from polylib.quantization.hawq_v2 import (
+    HutchinsonTrace,
+    activation_trace,
+    hutchinson_trace,
+    quantization_sensitivity,
+)
 from polylib.quantization.oscillation import OscillationMeter, confidence_guided, confidence_mask
 from polylib.quantization.quantized_attention import (
     ActivationQuantizer,
@@ -27,18 +34,25 @@ __all__ = [
     "ActivationQuantizer",
     "BinaryQuantizer",
     "FixedPointQuantizer",
+    "HutchinsonTrace",
     "LSQQuantizer",
     "OscillationMeter",
+    "ParetoFrontier",
     "QKReparamAttention",
     "QuantizedAttention",
     "StatsQuantizer",
     "UniformQuantizer",
     "activation_quantizer",
+    "activation_trace",
     "confidence_guided",
     "confidence_mask",
+    "hutchinson_trace",
     "pack_codes",
+    "pareto_frontier",
     "quantizable",
+    "quantization_sensitivity",
     "quantize_model",
+    "select_bits",
     "size_in_bytes",
     "unpack_codes",
     "weight_quantizers",
