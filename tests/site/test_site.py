@@ -75,6 +75,23 @@ MOVE = """([sweep, knob, value]) => new Promise(done => {
     input.value = value;
     input.dispatchEvent(new Event("input", {bubbles: true}));
 })"""
+# How long plotly takes to redraw a plain figure of three panels on this machine, from nothing but new data.
+PLAIN = """async () => {
+    const place = document.body.appendChild(document.createElement("div"));
+    const trace = (panel, turn) => ({x: [...Array(20).keys()], y: [...Array(20).keys()].map(k => Math.sin(k + turn)),
+        mode: "lines+markers", xaxis: `x${panel}`, yaxis: `y${panel}`});
+    const traces = turn => [1, 2, 3].map(panel => trace(panel, turn));
+    const layout = {width: 700, height: 380, grid: {rows: 1, columns: 3, pattern: "independent"}};
+    await Plotly.newPlot(place, traces(0), layout);
+    const times = [];
+    for (let turn = 1; turn < 16; turn++) {
+        const start = performance.now();
+        await Plotly.react(place, traces(turn), layout);
+        times.push(performance.now() - start);
+    }
+    place.remove();
+    return times.sort((a, b) => a - b)[7];
+}"""
 DATA = """sweep => JSON.stringify(
     document.querySelectorAll(".polylib-sweep")[sweep].querySelector(".js-plotly-plot").data)"""
 # Contrast by WCAG of the text of every figure and paragraph against what is painted below it; the worst of all.
@@ -143,13 +160,17 @@ def opened(browser, address: str, page_name: str, **options: object) -> Iterator
     page.on("pageerror", lambda error: problems.append(f"script: {error}"))
     page.on("requestfailed", lambda request: problems.append(f"request failed: {request.url}"))
     page.on("response", lambda answer: answer.status >= 400 and problems.append(f"{answer.status}: {answer.url}"))
-    page.goto(f"{address}/{page_name}", wait_until="load")
-    page.wait_for_function("() => !window.MathJax?.startup?.promise || window.MathJax.startup.promise.then(() => true)")
-    page.wait_for_function(DRAWN)
-    page.evaluate("document.fonts.ready")
-    page.wait_for_timeout(200)
-    yield page
-    context.close()
+    try:
+        page.goto(f"{address}/{page_name}", wait_until="load")
+        page.wait_for_function(
+            "() => !window.MathJax?.startup?.promise || window.MathJax.startup.promise.then(() => true)"
+        )
+        page.wait_for_function(DRAWN)
+        page.evaluate("document.fonts.ready")
+        page.wait_for_timeout(200)
+        yield page
+    finally:
+        context.close()
     assert not problems, "\n".join(problems)
 
 
@@ -216,7 +237,8 @@ def test_dark_theme_is_legible(browser, address: str, screenshots: Path, page_na
 
 
 def move_every_slider(page) -> None:
-    """By keyboard, and fast: each slider is labelled, an arrow key redraws the figure, in less than 50 ms."""
+    """By keyboard, and fast: each slider is labelled, and an arrow key redraws the figure in less than 50 ms, or on a
+    slow machine in less than twice the time of a plain figure."""
     for sweep in range(page.locator(".polylib-sweep").count()):
         sliders = page.locator(".polylib-sweep").nth(sweep).locator("input[type=range]")
         assert sliders.count() > 0, "a sweep without sliders"
@@ -236,8 +258,9 @@ def move_every_slider(page) -> None:
             last = int(slider.get_attribute("max"))
             for value in [*range(last + 1), *range(last - 1, -1, -1)][:12]:
                 times.append(page.evaluate(MOVE, [sweep, knob, value])["milliseconds"])
-        print(f"sweep {sweep}: median {median(times):.0f} ms, worst {max(times):.0f} ms of {len(times)} moves")
-        assert median(times) < 50, f"sweep {sweep} takes {median(times):.0f} ms to answer"
+        limit = max(50, 2 * page.evaluate(PLAIN))
+        print(f"sweep {sweep}: median {median(times):.0f} ms, worst {max(times):.0f} ms, limit {limit:.0f} ms")
+        assert median(times) < limit, f"sweep {sweep} takes {median(times):.0f} ms to answer; the limit is {limit:.0f}"
 
 
 @pytest.mark.parametrize("page_name", WITH_SWEEPS)
