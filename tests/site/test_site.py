@@ -242,7 +242,7 @@ def move_every_slider(page) -> None:
     for sweep in range(page.locator(".polylib-sweep").count()):
         sliders = page.locator(".polylib-sweep").nth(sweep).locator("input[type=range]")
         assert sliders.count() > 0, "a sweep without sliders"
-        times = []
+        times, plain = [], page.evaluate(PLAIN)
         for knob in range(sliders.count()):
             slider = sliders.nth(knob)
             assert slider.evaluate("e => e.labels.length == 1 && e.labels[0].textContent.trim()"), (
@@ -258,7 +258,7 @@ def move_every_slider(page) -> None:
             last = int(slider.get_attribute("max"))
             for value in [*range(last + 1), *range(last - 1, -1, -1)][:12]:
                 times.append(page.evaluate(MOVE, [sweep, knob, value])["milliseconds"])
-        limit = max(50, 2 * page.evaluate(PLAIN))
+        limit = max(50, 2 * max(plain, page.evaluate(PLAIN)))  # before and after, since a machine's pace changes
         print(f"sweep {sweep}: median {median(times):.0f} ms, worst {max(times):.0f} ms, limit {limit:.0f} ms")
         assert median(times) < limit, f"sweep {sweep} takes {median(times):.0f} ms to answer; the limit is {limit:.0f}"
 
