@@ -143,13 +143,14 @@ def train_many(
     if watch_every < 1:
         raise ValueError(f"watch_every is {watch_every}; expected at least 1")
     rates, decays = _per_parameter(models, groups)
-    skeleton = copy.deepcopy(models[0]).to("meta")
+    skeleton = copy.deepcopy(models[0])  # not on "meta", which would part the weights that two layers share
     parameters, buffers = stack_module_state(list(models))
-    parameters = {name: value.detach() for name, value in parameters.items()}
+    parameters, blocks = _in_blocks(parameters, rates, decays)
     update = _update(optimizer, momentum, betas, epsilon)
+    tied = len(list(skeleton.named_parameters(remove_duplicate=False))) > len(parameters)
 
     def value(parameters: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        return loss(functional_call(skeleton, (parameters, buffers), (x,)), y)
+        return loss(functional_call(skeleton, (parameters, buffers), (x,), tie_weights=tied), y)
 
     shared = 0 if len(set(seeds)) > 1 else None  # one order for all models: the inputs need no copy for each of them
     gradient = vmap(grad_and_value(value), in_dims=(0, 0, shared, shared), randomness="different")
@@ -159,13 +160,14 @@ def train_many(
     for step, index in enumerate(progress(zip(*orders, strict=True), f"training {len(models)} networks", steps)):
         index = torch.stack(index) if shared == 0 else index[0]
         gradients, values = gradient(parameters, buffers, data.x_train[index], data.y_train[index])
+        flat = [_side_by_side(gradients, names) for names, *_ in blocks]
         scale = None
         if clip is not None:
-            norm = sum(part.flatten(1).square().sum(1) for part in gradients.values()).sqrt()
+            norm = sum(part.square().sum(1) for part in flat).sqrt()
             scale = (clip / (norm + 1e-6)).clamp(max=1.0)
         factor = schedule(step / steps)
-        for name, parameter in parameters.items():
-            update(name, parameter, gradients[name], factor * rates[name], decay=decays[name], scale=scale)
+        for k, (_, block, rate, decay) in enumerate(blocks):
+            update(k, block, flat[k], factor * rate, decay=decay, scale=scale)
         losses.append(values)
         if watch and (step + 1) % watch_every == 0:
             watched.append(watch(parameters))
@@ -181,23 +183,52 @@ def train_many(
     return result | ({"watched": torch.stack(watched, 1)} if watch else {})
 
 
-def _update(optimizer: str, momentum: float, betas: tuple[float, float], epsilon: float) -> Callable[..., None]:
-    """What takes one step of one stacked parameter, and keeps the state that the optimizer needs for it."""
-    state: dict[str, list[Tensor]] = {}
-    steps: dict[str, int] = {}
+def _in_blocks(
+    parameters: dict[str, Tensor], rates: dict[str, Tensor], decays: dict[str, Tensor | None]
+) -> tuple[dict[str, Tensor], list[tuple[list[str], Tensor, Tensor, Tensor | None]]]:
+    """Lay the parameters that share rates and decays side by side, so that one update serves all of them.
 
-    def sgd(name: str, parameter: Tensor, gradient: Tensor, rate: Tensor, **beside: Tensor | None) -> None:
-        if momentum and name not in state:
-            state[name] = [torch.zeros_like(parameter)]
-        velocity = state[name][0] if momentum else None
+    Returns:
+        The parameters, `(K, ...)`, now views, and for each block the names in it, the block `(K, entries)`, its rates
+        and its decays.
+    """
+    alike: dict[tuple, list[str]] = {}
+    for name, value in parameters.items():
+        decay = decays[name]
+        key = (value.dtype, value.device, *rates[name].tolist(), *(() if decay is None else decay.tolist()))
+        alike.setdefault(key, []).append(name)
+    views, blocks = dict.fromkeys(parameters), []
+    for names in alike.values():
+        block = _side_by_side(parameters, names)
+        widths = [parameters[name][0].numel() for name in names]
+        for name, part in zip(names, block.split(widths, 1), strict=True):
+            views[name] = part.view(parameters[name].shape)
+        blocks.append((names, block, rates[names[0]], decays[names[0]]))
+    return views, blocks
+
+
+def _side_by_side(stacked: dict[str, Tensor], names: list[str]) -> Tensor:
+    """The entries of each model in one row, `(K, entries)`; a tensor with one number for a model is a column."""
+    return torch.cat([stacked[name].detach().unsqueeze(-1).flatten(1) for name in names], 1)
+
+
+def _update(optimizer: str, momentum: float, betas: tuple[float, float], epsilon: float) -> Callable[..., None]:
+    """What takes one step of one block of parameters, and keeps the state that the optimizer needs for it."""
+    state: dict[int, list[Tensor]] = {}
+    steps: dict[int, int] = {}
+
+    def sgd(block: int, parameter: Tensor, gradient: Tensor, rate: Tensor, **beside: Tensor | None) -> None:
+        if momentum and block not in state:
+            state[block] = [torch.zeros_like(parameter)]
+        velocity = state[block][0] if momentum else None
         sweep_sgd_step(parameter, gradient, rate, velocity=velocity, momentum=momentum, **beside)
 
-    def adamw(name: str, parameter: Tensor, gradient: Tensor, rate: Tensor, **beside: Tensor | None) -> None:
-        if name not in state:
-            state[name], steps[name] = [torch.zeros_like(parameter), torch.zeros_like(parameter)], 0
-        steps[name] += 1
-        own = {"step": steps[name], "betas": betas, "epsilon": epsilon}
-        sweep_adam_step(parameter, gradient, *state[name], rate, **own, **beside)
+    def adamw(block: int, parameter: Tensor, gradient: Tensor, rate: Tensor, **beside: Tensor | None) -> None:
+        if block not in state:
+            state[block], steps[block] = [torch.zeros_like(parameter), torch.zeros_like(parameter)], 0
+        steps[block] += 1
+        own = {"step": steps[block], "betas": betas, "epsilon": epsilon}
+        sweep_adam_step(parameter, gradient, *state[block], rate, **own, **beside)
 
     return sgd if optimizer == "sgd" else adamw
 

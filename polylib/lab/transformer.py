@@ -20,10 +20,9 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.inputs(x).unflatten(-1, (3, self.heads, -1)).movedim(-3, 0).transpose(-3, -2)
         # Written out: the fused function of torch has no rule for vmap, which `train_many` needs.
-        scores = q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5
+        scores = (q / q.shape[-1] ** 0.5) @ k.transpose(-2, -1)
         if self.causal:
-            later = torch.ones(x.shape[-2], x.shape[-2], dtype=torch.bool, device=x.device).triu(1)
-            scores = scores.masked_fill(later, float("-inf"))
+            scores = scores + x.new_full((x.shape[-2], x.shape[-2]), float("-inf")).triu(1)
         return self.output((scores.softmax(-1) @ v).transpose(-3, -2).flatten(-2))
 
 

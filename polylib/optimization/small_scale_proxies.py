@@ -73,11 +73,11 @@ class QKNormAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.inputs(x).unflatten(-1, (3, self.num_heads, -1)).movedim(-3, 0).transpose(-3, -2)
         q, k = rope(self.q_norm(q), self.rope_base), rope(self.k_norm(k), self.rope_base)
-        logits = q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5
-        later = torch.ones(x.shape[-2], x.shape[-2], dtype=torch.bool, device=x.device).triu(1)
+        logits = (q / q.shape[-1] ** 0.5) @ k.transpose(-2, -1)
+        later = x.new_full((x.shape[-2], x.shape[-2]), float("-inf")).triu(1)
         if self.track:
-            self.max_logit = logits.detach().abs().masked_fill(later, 0).max()
-        pattern = self.pattern(logits.masked_fill(later, float("-inf")))
+            self.max_logit = logits.detach().abs().add(later).max()
+        pattern = self.pattern(logits + later)
         return self.output((pattern @ v).transpose(-3, -2).flatten(-2))
 
 

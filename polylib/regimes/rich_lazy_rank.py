@@ -145,7 +145,7 @@ def train_to_loss(
         raise ValueError(f"max_steps, batch_size, memory and momentum are {given}; expected 1, 1 or more; 0 to below 1")
     if list(watch_at) != sorted(set(watch_at)) or (watch_at and not 0 <= watch_at[0] <= watch_at[-1] <= max_steps):
         raise ValueError(f"watch_at is {list(watch_at)}; expected ascending numbers of steps, from 0 to {max_steps}")
-    skeleton = copy.deepcopy(models[0]).to("meta")
+    skeleton = copy.deepcopy(models[0])
     whole = {name: value.detach() for name, value in stack_module_state(list(models))[0].items()}
     shared = len(set(seeds)) == 1
     gradient = vmap(

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -98,6 +100,33 @@ def test_running_statistics_are_those_of_single_training_and_used_in_the_test(bl
             torch.testing.assert_close(a, b)
         right = model.eval()(blobs.x_test).argmax(1) == blobs.y_test
         assert history["accuracy"][k] == single["accuracy"] == right.float().mean()
+
+
+class Tied(nn.Module):
+    """One weight used twice, and a single number."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.out = nn.Linear(5, 5), nn.Linear(5, 5), nn.Linear(5, 3)
+        self.second.weight, self.gain = self.first.weight, nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, x):
+        return self.out(self.gain * self.second(self.first(x).tanh()))
+
+
+def test_a_shared_weight_and_a_single_number_learn_as_they_do_alone(blobs):
+    torch.manual_seed(0)
+    many = [Tied() for _ in range(2)]
+    alone = copy.deepcopy(many)
+    together = train_many(
+        many, [[{"params": list(m.parameters()), "lr": 0.1}] for m in many], blobs, epochs=2, batch_size=16
+    )
+    for k, model in enumerate(alone):
+        history = train(model, blobs, torch.optim.SGD(model.parameters(), lr=0.1), epochs=2, batch_size=16)
+        torch.testing.assert_close(together["loss"][k], history["loss"])
+        assert not torch.equal(model.gain, torch.tensor(1.5))
+        for after, expected in zip(many[k].parameters(), model.parameters(), strict=True):
+            torch.testing.assert_close(after, expected)
 
 
 def test_one_diverging_network_does_not_disturb_the_others(blobs):
