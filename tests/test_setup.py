@@ -292,3 +292,9 @@ def test_interrupted_setup_starts_again(setup_script: dict, monkeypatch: pytest.
     assert (folder / ".venv" / ".ready").exists()
     overrides = json.loads((folder / ".venv/share/jupyter/lab/settings/overrides.json").read_text())
     assert overrides["@jupyterlab/docmanager-extension:plugin"]["defaultViewers"]["markdown"] == "Jupytext Notebook"
+
+
+def test_notebook_formats_are_checked_without_compiling_grammars() -> None:
+    """Every kernel that draws a figure imports jsonschema; from 4.25 on that takes seconds."""
+    code = "import sys, jsonschema; sys.exit('lark' in sys.modules)"
+    assert subprocess.call([sys.executable, "-c", code]) == 0
