@@ -11,7 +11,9 @@ STAGES = {
     "the library": ["pytest", "tests", "--ignore=tests/site", "-n", "2", "-q"],
     "chapters and labs": ["tools.book", "execute"],
     "the site": ["tools.book", "build"],
-    "the site and JupyterLab in a browser": ["pytest", "tests/site", "-q"],
+    "the pages in a browser": ["pytest", "tests/site/test_pages.py", "-n", "2", "-q"],
+    # Alone on the machine, since they wait for a figure to follow.
+    "sweeps and JupyterLab in a browser": ["pytest", "tests/site", "--ignore=tests/site/test_pages.py", "-q"],
 }
 
 

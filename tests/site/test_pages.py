@@ -1,0 +1,159 @@
+"""The built site in a real browser: every page, on a desk and on a phone."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from .conftest import opened, pages, read
+
+PAGES = pages()
+pytestmark = pytest.mark.skipif(not PAGES, reason="the site is not built: make book")
+
+# Every formula of the page, and those that MathJax has not set.
+MATH = """() => {
+    const all = [...document.querySelectorAll("span.math, div.math")];
+    const unset = all.filter(e => !e.querySelector("mjx-container") || /\\\\[([]/.test(e.innerText));
+    return {unset: unset.map(e => e.textContent), errors: document.querySelectorAll("mjx-merror").length};
+}"""
+FIGURES = """() => {
+    const all = [...document.querySelectorAll(".polylib-figure, .polylib-sweep")];
+    const drawn = e => e.querySelector(".js-plotly-plot .main-svg .trace, .js-plotly-plot .main-svg .plot > *, "
+        + ".js-plotly-plot .main-svg .hm");
+    return {all: all.length, empty: all.filter(e => !drawn(e)).length};
+}"""
+# Texts that reach beyond their figure, and titles, legends and annotations that lie on one another.
+CROWDED = """() => {
+    const found = [];
+    for (const plot of document.querySelectorAll(".js-plotly-plot")) {
+        const frame = plot.querySelector(".main-svg").getBoundingClientRect();
+        if (!frame.width) continue;
+        const box = e => e.getBoundingClientRect();
+        const texts = [...plot.querySelectorAll("text")].filter(e => e.textContent.trim() && box(e).width);
+        for (const e of texts) {
+            const b = box(e);
+            const over = Math.max(
+                frame.left - b.left, b.right - frame.right, frame.top - b.top, b.bottom - frame.bottom);
+            if (over > 2) found.push(`clipped by ${over.toFixed(0)} px: ${e.textContent}`);
+        }
+        const labels = texts.filter(e => e.matches(".gtitle, .xtitle, .ytitle, .legendtext, .annotation-text"));
+        labels.forEach((e, i) => labels.slice(i + 1).forEach(f => {
+            const [a, b] = [box(e), box(f)];
+            const wide = Math.min(a.right, b.right) - Math.max(a.left, b.left);
+            const high = Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top);
+            if (wide > 3 && high > 3) found.push(`overlap: ${e.textContent} / ${f.textContent}`);
+        }));
+    }
+    return found;
+}"""
+# Contrast by WCAG of the text of every figure and paragraph against what is painted below it; the worst of all.
+CONTRAST = """() => {
+    const canvas = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
+    const painted = colours => {  // the colours of the layers, the lowest first, as the browser mixes them
+        for (const colour of colours) {
+            canvas.fillStyle = colour;
+            canvas.fillRect(0, 0, 1, 1);
+        }
+        return [...canvas.getImageData(0, 0, 1, 1).data];
+    };
+    const light = rgb => {
+        const [r, g, b] = rgb.map(c => c / 255).map(c => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4);
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+    };
+    const layers = element => {
+        const found = [];
+        for (let e = element; e; e = e.parentElement) found.unshift(getComputedStyle(e).backgroundColor);
+        return ["rgb(255, 255, 255)", ...found];
+    };
+    const texts = [...document.querySelectorAll(
+        ".js-plotly-plot .xtick text, .js-plotly-plot .ytick text, .js-plotly-plot .xtitle, .js-plotly-plot .ytitle, "
+        + ".polylib-controls label, article p")];
+    return texts.map(e => {
+        const style = getComputedStyle(e);
+        const below = layers(e);
+        const b = light(painted(below));
+        const a = light(painted([...below, e instanceof SVGElement ? style.fill : style.color]));
+        return {text: e.textContent.slice(0, 40), ratio: (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05)};
+    }).sort((a, b) => a.ratio - b.ratio)[0];
+}"""
+
+
+@pytest.fixture(scope="module")
+def desk(browser) -> Iterator:
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    yield context
+    context.close()
+
+
+@pytest.fixture(scope="module")
+def phone(browser) -> Iterator:
+    context = browser.new_context(viewport={"width": 390, "height": 844}, device_scale_factor=2)
+    yield context
+    context.close()
+
+
+def name_of(page_name: str) -> str:
+    return Path(page_name).stem
+
+
+def use_dark_theme(page) -> None:
+    """Press the theme switch until it says dark."""
+    for _ in range(3):
+        if page.evaluate("document.documentElement.dataset.theme") == "dark":
+            break
+        page.locator("button.theme-switch-button").first.evaluate("button => button.click()")
+    assert page.evaluate("document.documentElement.dataset.theme") == "dark"
+    page.wait_for_timeout(300)
+
+
+def take_screenshots(page, folder: Path | None, name: str) -> None:
+    """The top of a page with figures or claims, and each figure with what stands around it."""
+    figures = page.locator(".polylib-figure, .polylib-sweep").all()
+    if folder is None or not (figures or name.startswith(("ledger", "intro"))):
+        return
+    page.evaluate("window.scrollTo(0, 0)")
+    page.screenshot(path=folder / f"{name}.png")
+    for number, figure in enumerate(figures, start=1):
+        figure.scroll_into_view_if_needed()
+        figure.evaluate("e => window.scrollTo(0, e.getBoundingClientRect().top + window.scrollY - 120)")
+        page.wait_for_timeout(50)
+        page.screenshot(path=folder / f"{name}-figure{number}.png")
+
+
+@pytest.mark.parametrize("page_name", PAGES)
+def test_page_fits_a_phone(phone, address: str, screenshots: Path | None, page_name: str) -> None:
+    """No sideways scroll, and figures whose texts have room."""
+    with opened(phone, address, page_name) as page:
+        take_screenshots(page, screenshots, f"{name_of(page_name)}-phone")
+        width = page.evaluate("document.documentElement.scrollWidth")
+        assert width <= 390, f"{page_name} is {width} pixels wide on a screen of 390"
+        assert not (crowded := page.evaluate(CROWDED)), "\n".join(crowded)
+
+
+@pytest.mark.parametrize("page_name", PAGES)
+def test_page_is_whole_and_legible(desk, address: str, screenshots: Path | None, page_name: str) -> None:
+    """No error, no other host, every formula set, every figure drawn and its texts in their places; then in dark."""
+    with opened(desk, address, page_name) as page:
+        math = page.evaluate(MATH)
+        assert not math["unset"], f"formulas that were not set: {math['unset'][:5]}"
+        assert math["errors"] == 0, "MathJax reports errors in formulas"
+        figures = page.evaluate(FIGURES)
+        assert figures["empty"] == 0, f"{figures['empty']} of {figures['all']} figures are empty"
+        take_screenshots(page, screenshots, f"{name_of(page_name)}-light")
+        assert not (crowded := page.evaluate(CROWDED)), "\n".join(crowded)
+
+        if page.locator("button.theme-switch-button").count() == 0:
+            return  # the first page only forwards the reader
+        use_dark_theme(page)
+        worst = page.evaluate(CONTRAST)
+        take_screenshots(page, screenshots, f"{name_of(page_name)}-dark")
+        assert worst is None or worst["ratio"] >= 4.5, f"contrast {worst['ratio']:.1f} of {worst['text']!r}"
+
+
+def test_nothing_in_the_site_names_another_host() -> None:
+    """Links may lead elsewhere; what a page loads may not."""
+    loads = re.compile(r'<(?:script|img|iframe|link)[^>]*(?:src|href)="(?:https?:)?//', re.IGNORECASE)
+    for page_name in PAGES:
+        found = loads.search(read(page_name))
+        assert found is None, f"{page_name}: {found[0]}"
