@@ -3,6 +3,11 @@
 STAMP := .venv/.ready
 RUN := OMP_NUM_THREADS=1 .venv/bin/python -m
 
+# glibc then keeps the memory of freed tensors for the next ones, in place of giving it back to the system and asking
+# for it again at every step of training. Other systems ignore it.
+export MALLOC_TRIM_THRESHOLD_ := 4000000000
+export MALLOC_MMAP_THRESHOLD_ := 4000000000
+
 # The first Python that is new enough and can make a virtual environment; else `python3`, and set-up says what is wrong.
 PYTHON = $(shell for p in python3 python3.13 python3.12 python3.11 python3.14 python; do \
 	$$p -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && exit; done; echo python3)

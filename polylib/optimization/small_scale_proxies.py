@@ -27,7 +27,7 @@ def rope(x: Tensor, base: float = 10000.0) -> Tensor:
     exact = {"device": x.device, "dtype": torch.promote_types(x.dtype, torch.float32)}
     angles = torch.arange(x.shape[-2], **exact)[:, None] * base ** (-torch.arange(half, **exact) / half)
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-    a, b = x[..., :half], x[..., half:]
+    a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
 
 

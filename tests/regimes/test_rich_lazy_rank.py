@@ -99,6 +99,35 @@ def test_each_network_trains_as_alone():
             torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
 
 
+class Tied(nn.Module):
+    """A network whose two layers share a weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.out = nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 2)
+        self.second.weight = self.first.weight
+
+    def forward(self, x):
+        return self.out(self.second(self.first(x.flatten(1)).tanh()))
+
+
+def test_a_shared_weight_learns_as_it_does_alone():
+    x, y = task()
+    torch.manual_seed(0)
+    models = [Tied(), Tied()]
+    alone = copy.deepcopy(models[1])
+    train_to_loss(models, x, y, rate=0.05, target=0.0, max_steps=20, batch_size=16, seeds=[1, 1])
+    optimizer = torch.optim.SGD(alone.parameters(), lr=0.05, momentum=0.9)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(20):
+        index = torch.randint(len(x), (16,), generator=generator)
+        optimizer.zero_grad()
+        F.cross_entropy(alone(x[index]), y[index]).backward()
+        optimizer.step()
+    for mine, other in zip(models[1].parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+
+
 def test_watch_sees_a_stopped_network_as_it_stands():
     x, y = task()
     models = networks(2)
