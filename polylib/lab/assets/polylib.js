@@ -44,19 +44,25 @@
   }
 
   // Titles begin at the left end of their panel and break where the next panel, or the page, begins. Where that is, is
-  // known after drawing.
-  function fitTitles(place, layout) {
+  // known after drawing. The next drawing of the plot begins with titles that broke like the last ones: it is the only
+  // one, unless they are others or the width is another.
+  const broken = new WeakMap(); // for each plot, its titles and how they broke
+
+  function fitTitles(place, notes, drawn) {
     const axes = Object.entries(place._fullLayout).filter(([name]) => /^xaxis\d*$/.test(name));
     const starts = Object.fromEntries(axes.map(([name, axis]) => [name.replace("axis", ""), axis._offset]));
     const changes = {};
-    (layout.annotations || []).forEach((note, number) => {
+    const titles = {};
+    notes.forEach((note, number) => {
       const axis = /^(x\d*) domain$/.exec(note.xref || "");
       if (!axis || note.showarrow !== false) return;
       const start = starts[axis[1]];
       const end = Math.min(place.clientWidth, ...Object.values(starts).filter((other) => other > start + 1));
       const text = wrap(note.text, Math.floor((end - start) / 8.5));
-      if (text !== note.text) changes[`annotations[${number}].text`] = text;
+      titles[note.text] = text;
+      if (text !== drawn[number]) changes[`annotations[${number}].text`] = text;
     });
+    broken.set(place, titles);
     return Object.keys(changes).length ? window.Plotly.relayout(place, changes) : null;
   }
 
@@ -79,8 +85,12 @@
       layout.margin = { l: 50, r: 10, t: 60, b: 110, ...layout.margin };
       layout.legend = { yref: "container", y: 0, yanchor: "bottom", ...layout.legend };
     }
+    const notes = figure.layout.annotations || [];
+    const titles = broken.get(place) || {};
+    layout.annotations = notes.map((note) => (note.text in titles ? { ...note, text: titles[note.text] } : { ...note }));
+    const drawn = layout.annotations.map((note) => note.text); // plotly changes the layout that it is given
     const options = { responsive: true, displaylogo: false, displayModeBar: false };
-    return window.Plotly.react(place, figure.data, layout, options).then(() => fitTitles(place, layout));
+    return window.Plotly.react(place, figure.data, layout, options).then(() => fitTitles(place, notes, drawn));
   }
 
   const redraws = []; // what to do when the theme or the width changes
