@@ -25,7 +25,7 @@ FLAGS = [
     "--no-first-run",
     "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
 ]
-# True when every figure is there, with what it stands for drawn.
+# True when every figure has been drawn.
 DRAWN = """() => [...document.querySelectorAll(".polylib-figure, .polylib-sweep")]
     .every(e => e.querySelector(".main-svg"))"""
 
@@ -82,7 +82,7 @@ def read(page_name: str) -> str:
     return (SITE / page_name).read_text(encoding="utf-8")
 
 
-class Quiet(http.server.SimpleHTTPRequestHandler):
+class Handler(http.server.SimpleHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.path == "/favicon.ico":  # the browser's own wish on the first page, which only forwards the reader
             self.send_response(204)
@@ -96,7 +96,7 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture(scope="session")
 def address(site: Path) -> Iterator[str]:
-    handler = functools.partial(Quiet, directory=str(site))
+    handler = functools.partial(Handler, directory=str(site))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
@@ -130,8 +130,10 @@ def opened(context, address: str, page_name: str) -> Iterator:
         page.wait_for_function(DRAWN)
         page.evaluate("document.fonts.ready")
         page.wait_for_timeout(200)
-        yield page
-        page.evaluate("localStorage.clear()")
+        try:
+            yield page
+        finally:  # also after a failure, which would hand its theme to the next page
+            page.evaluate("localStorage.clear()")
     finally:
         page.close()
     assert not problems, "\n".join(problems)
