@@ -5,22 +5,13 @@ the methods of that part of the book, under the names of their chapters. `polyli
 sweeps, claims, figures, training loops and data. Nothing heavy is imported before it is used.
 """
 
-from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
-__all__ = ["kernels", "lab", "neurons"]
+from polylib._lazy import lazy
 
 try:
     __version__ = version("polylib")
 except PackageNotFoundError:  # a source tree that was not installed
     __version__ = "0+unknown"
 
-
-def __getattr__(name: str) -> object:
-    if name in __all__:
-        return import_module(f"polylib.{name}")
-    raise AttributeError(f"module 'polylib' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+__getattr__, __dir__, __all__ = lazy(__name__, extra="notebooks")

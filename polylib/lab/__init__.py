@@ -4,39 +4,6 @@
 `pip install polylib[notebooks]` brings. Names are imported when they are first used.
 """
 
-from importlib import import_module
+from polylib._lazy import lazy
 
-_HOME = {
-    "Split": "data",
-    "Sweep": "sweep",
-    "at_scale": "scales",
-    "claim": "claims",
-    "constant": "training",
-    "digits": "data",
-    "mnist1d": "data",
-    "one_cycle": "training",
-    "panels": "figures",
-    "progress": "progress_bar",
-    "scale": "scales",
-    "shells": "data",
-    "text": "data",
-    "text_windows": "data",
-    "train": "training",
-    "train_many": "training",
-}
-__all__ = sorted(_HOME)
-
-
-def __getattr__(name: str) -> object:
-    if name not in _HOME:
-        raise AttributeError(f"module 'polylib.lab' has no attribute {name!r}")
-    try:
-        return getattr(import_module(f"polylib.lab.{_HOME[name]}"), name)
-    except ModuleNotFoundError as error:
-        if (error.name or "").startswith("polylib"):
-            raise
-        raise ImportError(f"polylib.lab.{name} needs {error.name}: pip install 'polylib[notebooks]'") from error
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__, __all__ = lazy(__name__, extra="notebooks")

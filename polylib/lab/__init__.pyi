@@ -1,0 +1,18 @@
+"""What the notebooks share."""
+
+from .claims import claim as claim
+from .data import Split as Split
+from .data import digits as digits
+from .data import mnist1d as mnist1d
+from .data import shells as shells
+from .data import text as text
+from .data import text_windows as text_windows
+from .figures import panels as panels
+from .progress_bar import progress as progress
+from .scales import at_scale as at_scale
+from .scales import scale as scale
+from .sweep import Sweep as Sweep
+from .training import constant as constant
+from .training import one_cycle as one_cycle
+from .training import train as train
+from .training import train_many as train_many
