@@ -16,7 +16,7 @@ PYTHON = $(shell for p in python3 python3.13 python3.12 python3.11 python3.14 py
 ROOT_FLAG = $(if $(filter 0,$(shell id -u)),--allow-root)
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test book serve notebooks format clean
+.PHONY: help lab test check book chapter serve notebooks robust record fuzz format clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -24,11 +24,17 @@ help:  ## show this list
 lab: $(STAMP)  ## open the book in JupyterLab; ARGS="--no-browser --port 8899" are passed on
 	@.venv/bin/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/book/intro.md $(ROOT_FLAG) $(ARGS)
 
-test: $(STAMP)  ## run every check: style, library, notebooks, site
+test: $(STAMP)  ## run every check: style, types, library, notebooks, claims, site; FRESH=1 ignores what is kept
 	@$(RUN) tools.check
+
+check: $(STAMP)  ## the same as far as something changed, without the site: minutes
+	@$(RUN) tools.check --changed
 
 book: $(STAMP)  ## execute what has changed and build the site into site/
 	@$(RUN) tools.book build
+
+chapter: $(STAMP)  ## execute one chapter and build its page: make chapter C=neurons/polycom
+	@$(RUN) tools.book chapter $(C)
 
 serve: $(STAMP)  ## show the site on this machine; ARGS="--port 8001" for another port
 	@$(RUN) tools.book serve $(ARGS)
@@ -36,7 +42,16 @@ serve: $(STAMP)  ## show the site on this machine; ARGS="--port 8001" for anothe
 notebooks: $(STAMP)  ## write plain .ipynb copies of chapters and labs into notebooks/
 	@$(RUN) tools.book notebooks
 
-format: $(STAMP)  ## format the library, the tests and the cells of the chapters
+robust: $(STAMP)  ## the verdicts under other processors' instructions; C="neurons/polycom ..." for some, ARGS=--library
+	@$(RUN) tools.robust $(C) $(ARGS)
+
+record: $(STAMP)  ## run chapters at scale laptop and keep what came out: make record C=neurons/polycom
+	@$(RUN) tools.record $(C)
+
+fuzz: $(STAMP)  ## ten thousand drawn inputs for each kernel's definition, five hundred for its Triton path
+	@POLYLIB_FUZZ=10000 TRITON_INTERPRET=1 $(RUN) pytest tests/fuzz -q
+
+format: $(STAMP)  ## format code and cells, and write what follows book/chapters.yml
 	@$(RUN) tools.lint --fix
 
 clean:  ## remove everything that the commands above made, .venv too

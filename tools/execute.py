@@ -1,116 +1,94 @@
 """Execute chapters and labs once; their outputs serve the checks and the site.
 
-A notebook that ran without an error lies in .executed/ under the name of its .md file, with the digest of all that
-its outputs depend on in its metadata. A change of prose alone keeps the outputs. A failed run leaves nothing there.
+What ran without an error is kept in the user's cache folder, under the digest of all that its outputs depend on: the
+cells, the modules of polylib that they reach, the installed set, the processor and the scale. Another clone on the same
+machine finds it there. `.executed/` holds the current text of each notebook around those outputs. `FRESH=1` ignores
+what is kept. A failed run leaves nothing.
 """
 
-import functools
-import hashlib
-import json
+import contextlib
 import os
 import re
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
-import jupytext
 import nbformat
 import pytest
 from nbformat import NotebookNode
 
-ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ("book", "labs")
+from tools import pace
+from tools.sources import ROOT, code_cells, digest_of, sources
+
 EXECUTED = ROOT / ".executed"  # nbmake skips every path with a folder called _build
-RUNNING = EXECUTED / "running"
-
-TIMEOUT = 300  # seconds a cell may take
-SLOW = 60  # seconds after which a notebook is reported as slow
-HIDDEN = {"__pycache__", ".ipynb_checkpoints"}
-EXECUTION_TAGS = {"raises-exception", "skip-execution"}
+CELL_SECONDS = 600  # a cell that takes longer has hung
+DAYS = 60  # what no run has asked for so long is removed from the cache
 PROGRESS_BAR = re.compile(r"\d+%\|.*\||\d+it \[")
+LIMIT = 60  # t that a notebook may take at scale ci
 
 
-# The notebooks -------------------------------------------------------------------------------------------------------
+class Run(NamedTuple):
+    """What became of one notebook: seconds and t that it took, whether it was restored, and what is wrong."""
+
+    seconds: float
+    t: float
+    restored: bool
+    problems: list[str]
 
 
-def is_notebook(path: Path) -> bool:
-    """True for a Markdown file that has jupytext's header."""
-    head = path.read_text(encoding="utf-8").split("\n---", 1)[0]
-    return head.startswith("---") and "\njupytext:" in head
+# What is kept --------------------------------------------------------------------------------------------------------
 
 
-def markdown_files() -> list[Path]:
-    """Every page of the book and every lab. Hidden folders, such as JupyterLab's checkpoints, don't count."""
-    found = (path for folder in SOURCES for path in (ROOT / folder).rglob("*.md"))
-    return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(ROOT).parts))
-
-
-def read_source(path: Path) -> NotebookNode:
-    """The notebook of one .md file, with cell names that don't change from call to call."""
-    notebook = jupytext.read(path, fmt="md:myst")
-    for number, cell in enumerate(notebook.cells):
-        cell.id = f"cell-{number}"
-    notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    return notebook
-
-
-def code_cells(notebook: NotebookNode) -> list[NotebookNode]:
-    return [cell for cell in notebook.cells if cell.cell_type == "code"]
-
-
-def sources() -> dict[Path, NotebookNode]:
-    """Every chapter and lab with code cells, by its path from the root."""
-    notebooks = {path.relative_to(ROOT): read_source(path) for path in markdown_files() if is_notebook(path)}
-    return {path: notebook for path, notebook in notebooks.items() if code_cells(notebook)}
-
-
-# What the outputs depend on ------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def surroundings() -> str:
-    """Digest of what every notebook depends on: the library, the installed set and the scale."""
-    digest = hashlib.sha256(os.environ.get("POLYLIB_SCALE", "").encode())
-    files = (path for path in (ROOT / "polylib").rglob("*") if path.is_file() and not HIDDEN.intersection(path.parts))
-    for path in [ROOT / "constraints.txt", *sorted(files)]:
-        digest.update(f"\0{path.relative_to(ROOT)}\0".encode())
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
-def digest_of(notebook: NotebookNode) -> str:
-    cells = [
-        [cell.source, sorted(EXECUTION_TAGS.intersection(cell.metadata.get("tags", [])))]
-        for cell in code_cells(notebook)
-    ]
-    return hashlib.sha256(json.dumps([surroundings(), cells]).encode()).hexdigest()
+def cache_folder() -> Path:
+    """Where executed notebooks are kept: `notebooks` in polylib's cache folder, which may be deleted at will."""
+    base = os.environ.get("POLYLIB_CACHE") or Path(
+        os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "polylib"
+    )
+    return Path(base, "notebooks")
 
 
 def executed_path(source: Path) -> Path:
     return EXECUTED / source.with_suffix(".ipynb")
 
 
-def stored(source: Path) -> NotebookNode | None:
-    """The executed notebook of a source, if there is a whole one."""
+def read_executed(path: Path) -> NotebookNode | None:
+    """The executed notebook in a file, if there is a whole one."""
     try:
-        notebook = nbformat.read(executed_path(source), as_version=4)
+        notebook = nbformat.read(path, as_version=4)
     except (OSError, ValueError):
         return None
     return notebook if "polylib" in notebook.metadata else None
 
 
-def is_stale(source: Path, notebook: NotebookNode) -> bool:
-    old = stored(source)
-    return old is None or old.metadata.polylib.digest != digest_of(notebook)
+def kept(digest: str) -> NotebookNode | None:
+    """The executed notebook of a digest. A file that is broken counts as nothing."""
+    path = cache_folder() / f"{digest}.ipynb"
+    notebook = read_executed(path)
+    if notebook is None or notebook.metadata.polylib.get("digest") != digest:
+        return None
+    with contextlib.suppress(OSError):  # a cache that may be read and not written
+        path.touch()
+    return notebook
 
 
-# Execution -----------------------------------------------------------------------------------------------------------
+def keep(notebook: NotebookNode) -> None:
+    """Store an executed notebook, and remove what has not been asked for since long."""
+    folder = cache_folder()
+    try:
+        write_atomic(notebook, folder / f"{notebook.metadata.polylib.digest}.ipynb")
+        for path in folder.iterdir():
+            if time.time() - path.stat().st_mtime > DAYS * 86400:
+                path.unlink(missing_ok=True)
+    except OSError as error:
+        print(f"The outputs can't be kept in {folder}: {error}", file=sys.stderr)
 
 
 def write_atomic(notebook: NotebookNode, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
+    part = path.with_suffix(f".{os.getpid()}.part")
     nbformat.write(notebook, part)
     part.replace(path)
 
@@ -124,86 +102,137 @@ def with_outputs(notebook: NotebookNode, executed: NotebookNode) -> NotebookNode
     return notebook
 
 
+# Execution -----------------------------------------------------------------------------------------------------------
+
+
 def complaints(notebook: NotebookNode) -> Iterator[str]:
     """What a cell wrote to standard error, apart from progress bars, which are dropped from the outputs."""
     for number, cell in enumerate(code_cells(notebook), start=1):
-        kept = []
+        others = []
         for output in cell.outputs:
             if output.output_type != "stream" or output.name != "stderr":
-                kept.append(output)
+                others.append(output)
                 continue
             lines = [
                 line for line in re.split(r"[\r\n]", output.text) if line.strip() and not PROGRESS_BAR.search(line)
             ]
             if lines:
                 yield f"code cell {number} wrote to standard error:\n    " + "\n    ".join(lines[:20])
-        cell.outputs = kept
+        cell.outputs = others
 
 
-class Keep:
-    """A pytest plugin: keeps each notebook as soon as it has passed, and notes how long it took."""
+class Collect:
+    """A pytest plugin: takes each notebook as soon as it has run, so that a killed run loses only what was running."""
 
-    def __init__(self, stale: dict[Path, NotebookNode]) -> None:
-        self.stale = stale
-        self.digests = {path: digest_of(notebook) for path, notebook in stale.items()}
-        self.seconds: dict[Path, float] = {}
-        self.problems: list[str] = []
+    def __init__(self, folder: Path, notebooks: dict[Path, NotebookNode], t: float, store: bool) -> None:
+        self.folder, self.notebooks, self.t, self.store = folder, notebooks, t, store
+        self.digests = {path: digest_of(notebook) for path, notebook in notebooks.items()}
+        self.runs: dict[Path, Run] = {}
+        self.executed: dict[Path, NotebookNode] = {}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when != "call":
             return
-        running = ROOT / report.nodeid.split("::")[0]
-        source = running.parent.relative_to(RUNNING).with_suffix(".md")
-        self.seconds[source] = report.duration
+        file = ROOT / report.nodeid.split("::")[0]
+        source = file.parent.relative_to(self.folder).with_suffix(".md")
+        took = Run(report.duration, report.duration / self.t, False, [])
+        self.runs[source] = took
         if report.failed:
-            self.problems.append(f"{source}: failed, see above")
+            took.problems.append(f"{source}: failed, see above")
             return
-        executed = nbformat.read(running, as_version=4)
-        executed.metadata.polylib = {"digest": self.digests[source], "seconds": round(report.duration, 1)}
-        found = [f"{source}: {complaint}" for complaint in complaints(executed)]
-        litter = [path.name for path in running.parent.iterdir() if path.suffix != ".ipynb"]
+        executed = nbformat.read(file, as_version=4)
+        executed.metadata.polylib = {
+            "digest": self.digests[source],
+            "seconds": round(took.seconds, 1),
+            "t": round(took.t, 1),
+        }
+        took.problems.extend(f"{source}: {complaint}" for complaint in complaints(executed))
+        litter = [path.name for path in file.parent.iterdir() if path.suffix not in (".ipynb", ".toml")]
         if litter:
-            found.append(f"{source}: left files behind: {', '.join(sorted(litter))}")
-        self.problems += found
-        if not found:
-            write_atomic(with_outputs(self.stale[source], executed), executed_path(source))
+            took.problems.append(f"{source}: left files behind: {', '.join(sorted(litter))}")
+        if not took.problems:
+            self.executed[source] = with_outputs(self.notebooks[source], executed)
+            if self.store:
+                keep(executed)
+                write_atomic(self.executed[source], executed_path(source))
 
 
-def execute() -> bool:
-    """Run what is stale; refresh the text of the rest. True if every notebook is executed and clean."""
-    notebooks = sources()
-    stale = {path: notebook for path, notebook in notebooks.items() if is_stale(path, notebook)}
-    for path, notebook in notebooks.items():
-        if path not in stale and (old := stored(path)) is not None:
-            fresh = with_outputs(notebook, old)
-            if fresh != old:
-                write_atomic(fresh, executed_path(path))
-    for path in EXECUTED.glob("*/**/*.ipynb"):
-        if RUNNING not in path.parents and path.relative_to(EXECUTED).with_suffix(".md") not in notebooks:
-            path.unlink()  # its source is gone
-    print(f"Notebooks: {len(notebooks) - len(stale)} up to date, {len(stale)} to execute", flush=True)
-    if not stale:
-        return True
+def run(notebooks: dict[Path, NotebookNode], folder: Path, *, workers: int = 0, store: bool = False) -> Collect:
+    """Execute notebooks in a folder of their own, and hand back what came out.
 
-    shutil.rmtree(RUNNING, ignore_errors=True)
-    for path, notebook in stale.items():
-        # A folder for each notebook, so that one that leaves files behind is found out.
-        write_atomic(notebook, RUNNING / path.with_suffix("") / path.with_suffix(".ipynb").name)
-    keep = Keep(stale)
-    status = run_nbmake(keep)
-    print(f"\n{'seconds':>8}  notebook")
-    for path, seconds in sorted(keep.seconds.items(), key=lambda item: -item[1]):
-        print(f"{seconds:8.1f}  {path}" + (f"  slow: more than {SLOW} s" if seconds > SLOW else ""))
-    for problem in keep.problems:
-        print(f"\n{problem}", file=sys.stderr)
-    shutil.rmtree(RUNNING, ignore_errors=True)
-    return status == pytest.ExitCode.OK and not keep.problems
+    Args:
+        notebooks: each notebook, by its path from the root.
+        folder: a folder inside the project, emptied before and removed after.
+        workers: how many run at once; as many as there are cores by default.
+        store: whether what ran is kept.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    t = pace.measure()
+    collect = Collect(folder, notebooks, t, store)
+    # A folder for each notebook, so that one that leaves files behind is found out. What took longest starts first.
+    last = {path: (read_executed(executed_path(path)) or {}).get("metadata", {}) for path in notebooks}
+    order = sorted(notebooks, key=lambda path: -last[path].get("polylib", {}).get("seconds", 1e9))
+    files = [folder / path.with_suffix("") / path.with_suffix(".ipynb").name for path in order]
+    for path, file in zip(order, files, strict=True):
+        write_atomic(notebooks[path], file)
+        claims = ROOT / path.with_suffix(".claims.toml")
+        if claims.exists():
+            shutil.copy(claims, file.parent)
+    try:
+        status = run_nbmake(collect, files, min(workers or pace.cores(), len(files)))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    for path in notebooks:
+        if path not in collect.runs:
+            collect.runs[path] = Run(0.0, 0.0, False, [f"{path}: did not run (pytest's status {status})"])
+    t = max(t, pace.measure())
+    collect.runs = {path: took._replace(t=took.seconds / t) for path, took in collect.runs.items()}
+    return collect
 
 
-def run_nbmake(keep: Keep) -> int:
+def run_nbmake(collect: Collect, files: list[Path], workers: int) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.chdir(ROOT)
-    options = ["--nbmake", "--overwrite", f"--nbmake-timeout={TIMEOUT}", "--nbmake-kernel=python3", "-n", "2"]
+    options = ["--nbmake", "--overwrite", f"--nbmake-timeout={CELL_SECONDS}", "--nbmake-kernel=python3"]
+    spread = ["-n", str(workers), "--maxschedchunk=1"] if workers > 1 else ["-p", "no:xdist"]
     quiet = ["-p", "no:cacheprovider", "-q", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
-    files = [str(path) for path in sorted(RUNNING.rglob("*.ipynb"))]
-    return pytest.main([*options, *quiet, *files], plugins=[keep])
+    return int(pytest.main([*options, *spread, *quiet, *map(str, files)], plugins=[collect]))
+
+
+def execute(wanted: dict[Path, NotebookNode] | None = None) -> dict[Path, Run]:
+    """Bring `.executed/` up to date: restore what is kept, run the rest. The runs, by the path of the source."""
+    everything = sources()
+    notebooks = everything if wanted is None else wanted
+    for path in EXECUTED.glob("*/**/*.ipynb"):
+        if path.relative_to(EXECUTED).with_suffix(".md") not in everything:
+            path.unlink()  # its source is gone
+    fresh = os.environ.get("FRESH", "") not in ("", "0")
+    runs, stale = {}, {}
+    for path, notebook in notebooks.items():
+        old = None if fresh else kept(digest_of(notebook))
+        if old is None:
+            stale[path] = notebook
+            executed_path(path).unlink(missing_ok=True)
+            continue
+        runs[path] = Run(old.metadata.polylib.seconds, old.metadata.polylib.t, True, [])
+        current = with_outputs(notebook, old)
+        if current != read_executed(executed_path(path)):
+            write_atomic(current, executed_path(path))
+    print(f"Notebooks: {len(runs)} restored, {len(stale)} to execute", flush=True)
+    if stale:
+        runs |= run(stale, EXECUTED / "running", store=True).runs
+    return {path: runs[path] for path in notebooks}
+
+
+def report(runs: dict[Path, Run]) -> list[str]:
+    """Print what each notebook took, and return what is wrong: errors, and those beyond the limit."""
+    print(f"\n{'seconds':>8} {'t':>6}  notebook (at most {LIMIT} t)")
+    for path, took in sorted(runs.items(), key=lambda item: -item[1].t):
+        print(f"{took.seconds:8.1f} {took.t:6.1f}  {path}{'  (restored)' if took.restored else ''}")
+    problems = [problem for took in runs.values() for problem in took.problems]
+    if not os.environ.get("POLYLIB_SCALE"):
+        slow = {path: took.t for path, took in runs.items() if took.t > LIMIT * pace.NOISE}
+        problems += [f"{path}: {t:.0f} t, where {LIMIT} is the limit" for path, t in slow.items()]
+    for problem in problems:
+        print(f"\n{problem}", file=sys.stderr)
+    return problems

@@ -1,4 +1,4 @@
-"""Ruff over the library, the tests, the tools and the code cells of the chapters.
+"""Ruff over the library, the tests, the tools and the code cells of the chapters; and what a page can show.
 
 python -m tools.lint          check
 python -m tools.lint --fix    format everything, the cells of the chapters too
@@ -16,9 +16,11 @@ from pathlib import Path
 
 import nbformat
 
-from tools.execute import ROOT, is_notebook, markdown_files
+from tools import chapters
+from tools.sources import ROOT, is_notebook, markdown_files
 
 FENCE = re.compile(r"^(`{3,})\{code-cell\}")
+WIDTH, HEIGHT = 84, 15  # what a page shows of a line, and the lines of a visible cell
 
 
 def ruff(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -44,6 +46,25 @@ def cells(lines: list[str]) -> list[tuple[int, int]]:
                 number += 1
             found.append((start, number))
         number += 1
+    return found
+
+
+def too_large() -> list[str]:
+    """Cells that a page can't show whole: lines that are too long, and visible cells of too many lines."""
+    found = []
+    for path in filter(is_notebook, markdown_files()):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        for start, end in cells(lines):
+            where = f"{path.relative_to(ROOT)}:{start + 1}"
+            fence = max(n for n in range(start) if FENCE.match(lines[n]))
+            folded = any("hide-" in line or "remove-" in line for line in lines[fence:start])
+            if end - start > HEIGHT and not folded:
+                found.append(f"{where}: a visible cell of {end - start} lines, at most {HEIGHT}")
+            found += [
+                f"{path.relative_to(ROOT)}:{n + 1}: {len(lines[n])} characters in a cell, at most {WIDTH}"
+                for n in range(start, end)
+                if len(lines[n]) > WIDTH
+            ]
     return found
 
 
@@ -86,8 +107,10 @@ def check_chapters(fix: bool) -> bool:
     return clean
 
 
-def main() -> int:
-    fix = "--fix" in sys.argv[1:]
+def main(arguments: list[str]) -> int:
+    fix = "--fix" in arguments
+    if fix:
+        chapters.main()
     runs = (
         [ruff("check", "--fix", "."), ruff("format", ".")]
         if fix
@@ -95,9 +118,10 @@ def main() -> int:
     )
     for run in runs:
         print((run.stdout + run.stderr).strip())
-    clean = check_chapters(fix)
-    return 0 if clean and not any(run.returncode for run in runs) else 1
+    wrong = [*too_large(), *chapters.misfits()]
+    print(*wrong, sep="\n")
+    return 0 if check_chapters(fix) and not wrong and not any(run.returncode for run in runs) else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

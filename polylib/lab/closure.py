@@ -157,9 +157,9 @@ def of_source(source: str) -> frozenset[str]:
     return of_modules(_imports(tree, "__main__"))
 
 
-def digest(modules: Iterable[str]) -> str:
-    """SHA-256 of the names and the files of modules, comments and docstrings included."""
-    total = hashlib.sha256()
+def digest(modules: Iterable[str], text: str = "") -> str:
+    """SHA-256 of a text and of the names and files of modules, comments and docstrings included."""
+    total = hashlib.sha256(text.encode())
     for module in sorted(set(modules)):
         file = _file(module)
         total.update(f"\0{module}\0".encode())

@@ -1,55 +1,122 @@
+from pathlib import Path
+
+import numpy as np
 import pytest
+import torch
 
 from polylib.lab import claim
-from polylib.lab.claims import MIME, NOT_SHOWN, ClaimError
+from polylib.lab.claims import HOLDS, MIME, NOT_BORNE_OUT, NOT_TESTED, read_claims
+
+FILE = """\
+[C1]
+paper = "quadratic < cubic & more"
+test = "the mean of five seeds is above 0.6"
+expected = "holds"
+
+[C2]
+paper = "better on ImageNet"
+expected = "not tested here"
+reason = "it takes ImageNet"
+"""
 
 
 @pytest.fixture
-def shown(monkeypatch):
+def shown(monkeypatch, tmp_path):
     display = pytest.importorskip("IPython.display")
     cards = []
     monkeypatch.setattr(display, "display", cards.append)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
     return cards
 
 
-def test_a_claim_that_holds_is_recorded(shown):
-    claim("C1", "quadratic < cubic & more", measured=0.71234, holds=True, margin="0.12 above")
+def write(name: str, text: str = FILE) -> Path:
+    path = Path(f"{name}.claims.toml")
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_a_claim_shows_what_was_measured_beside_what_the_paper_says(shown):
+    write("chapter")
+    claim("C1", True, measured=0.71234, margin="0.11 above")
     bundle = shown[0]._repr_mimebundle_()
-    assert bundle[MIME]["status"] == "holds" and bundle[MIME]["measured"] == "0.712"
-    assert "quadratic &lt; cubic &amp; more" in bundle["text/html"]
-    assert "0.12 above" in bundle["text/plain"]
+    assert bundle[MIME] == {"id": "C1", "verdict": HOLDS, "measured": "0.712", "margin": "0.11 above"}
+    for words in ("quadratic &lt; cubic &amp; more", "the mean of five seeds", "0.712", "0.11 above"):
+        assert words in bundle["text/html"]
+    assert "quadratic < cubic" in bundle["text/plain"]
 
 
-def test_a_claim_that_fails_is_shown_and_raises(shown):
-    with pytest.raises(ClaimError, match="C2"):
-        claim("C2", "faster", measured=1, holds=False)
-    assert shown[0].record["status"] == "does not hold"
+def test_a_claim_that_fails_keeps_its_numbers_and_stops_nothing(shown):
+    claim("C1", holds=False, measured="0.5 against 0.6", margin=-0.1)
+    assert shown[0].record == {"id": "C1", "verdict": NOT_BORNE_OUT, "measured": "0.5 against 0.6", "margin": "-0.1"}
 
 
-def test_what_cannot_be_shown_says_why(shown):
-    claim("C3", "better on ImageNet", status=NOT_SHOWN, reason="needs ImageNet")
-    assert shown[0].record["reason"] == "needs ImageNet"
+def test_a_claim_that_is_not_tested_shows_the_reason_and_no_test(shown):
+    write("chapter")
+    claim("C2")
+    assert shown[0].record["verdict"] == NOT_TESTED
+    assert "it takes ImageNet" in shown[0]._repr_mimebundle_()["text/html"]
 
 
-def test_a_claim_that_is_not_asserted_is_recorded_with_its_reason(shown):
-    claim("C4", "more accurate", measured=0.1, holds=False, margin=-0.2, otherwise="two seeds do not tell")
-    claim("C5", "more accurate", measured=0.5, holds=True, margin=0.2, otherwise="two seeds do not tell")
-    assert [card.record["status"] for card in shown] == [NOT_SHOWN, "holds"]
-    assert [card.record["reason"] for card in shown] == ["two seeds do not tell", ""]
-    assert [card.record["margin"] for card in shown] == ["", "0.2"]
+def test_the_file_of_the_running_notebook_is_found_among_others(shown, monkeypatch):
+    write("one", FILE.replace("quadratic", "linear"))
+    write("two")
+    claim("C1", True, measured=1)
+    assert "paper" not in shown[0].texts  # which of the two can't be told
+    monkeypatch.setenv("JPY_SESSION_NAME", "/somewhere/book/two.md")
+    claim("C1", True, measured=1)
+    assert shown[1].texts["paper"] == "quadratic < cubic & more"
+
+
+def test_a_broken_file_costs_the_text_and_not_the_run(shown):
+    write("chapter", "[C1")
+    claim("C1", True, measured=1)
+    assert shown[0].record["verdict"] == HOLDS
+
+
+@pytest.mark.parametrize("holds", [np.bool_(True), torch.tensor(3.0) > 2, np.array(1.0) > 0])
+def test_truth_values_of_arrays_count(shown, holds):
+    claim("C1", holds, measured=1)
+    assert shown[0].record["verdict"] == HOLDS
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "error", "words"),
     [
-        ({"id": " "}, "id"),
-        ({"statement": ""}, "statement"),
-        ({}, "either holds or status"),
-        ({"holds": True, "status": NOT_SHOWN}, "either holds or status"),
-        ({"status": "maybe"}, "maybe"),
-        ({"status": NOT_SHOWN}, "reason"),
+        ({"id": " "}, ValueError, "id"),
+        ({"measured": ""}, ValueError, "measured"),
+        ({"holds": 0.3}, TypeError, "holds"),
+        ({"holds": "a statement"}, TypeError, "holds"),
     ],
 )
-def test_bad_arguments_raise(arguments, words):
+def test_bad_arguments_raise(arguments, error, words):
+    with pytest.raises(error, match=words):
+        claim(**{"id": "C1", "holds": True, "measured": 1.0, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[C1", "chapter.claims.toml"),
+        ('C1 = "it works"', "C1 must be a table"),
+        (FILE.replace("test =", "tests ="), "tests"),
+        (FILE.replace('"holds"', '"maybe"'), "maybe"),
+        (FILE.replace("it takes ImageNet", " "), "C2: reason"),
+        (FILE.replace("the mean of five seeds is above 0.6", ""), "C1: test"),
+        (FILE.replace("quadratic < cubic & more", ""), "C1: paper"),
+    ],
+)
+def test_a_claims_file_with_a_fault_is_refused_by_name(tmp_path, text, words):
+    path = tmp_path / "chapter.claims.toml"
+    path.write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=words):
-        claim(**{"id": "C1", "statement": "it works", **arguments})
+        read_claims(path)
+
+
+def test_a_claims_file_is_read(tmp_path):
+    path = tmp_path / "chapter.claims.toml"
+    path.write_text(FILE, encoding="utf-8")
+    claims = read_claims(path)
+    assert list(claims) == ["C1", "C2"]
+    assert claims["C1"]["expected"] == "holds" and claims["C1"]["reason"] == ""
+    assert claims["C2"]["reason"] == "it takes ImageNet"

@@ -1,0 +1,97 @@
+"""python -m tools.robust [chapter ...]: the verdicts under the vector instructions of other processors.
+
+Each notebook, all by default, is executed three times: with PyTorch's, MKL's and oneDNN's plain instructions, with
+AVX2, and with the machine's own. The ordinary outputs are not touched. The table has the claims whose verdicts differ
+first. `--library` runs the library's tests in the same three ways.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from tools import pace
+from tools.execute import EXECUTED, run
+from tools.sources import ROOT, find
+from tools.verdicts import by_number, records_of
+
+WAYS = {
+    "default": {"ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE", "ONEDNN_MAX_CPU_ISA": "SSE41"},
+    "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "MKL_CBWR": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
+    "own": {},
+}
+
+
+def switch(settings: dict[str, str]) -> None:
+    """Set the switches for the processes that are started from now on."""
+    for name in WAYS["default"]:
+        os.environ.pop(name, None)
+    os.environ.update(settings)
+
+
+def table(found: dict[str, dict[tuple[str, str], dict[str, str]]]) -> tuple[list[str], int]:
+    """Lines for each claim with its verdict in each way, those that differ first; and how many differ."""
+    names = sorted({key for records in found.values() for key in records}, key=lambda key: (key[0], by_number(key[1])))
+    same, differ = [], []
+    for chapter, id in names:
+        records = [found[way].get((chapter, id)) for way in WAYS]
+        verdicts = [record["verdict"] if record else "no verdict" for record in records]
+        lines = [f"{chapter:<45} {id:<5} " + " | ".join(verdicts)]
+        if len(set(verdicts)) > 1:
+            lines += [
+                f"      {way:<8} {record['measured']}  [{record['margin']}]"
+                for way, record in zip(WAYS, records, strict=True)
+                if record
+            ]
+            differ += lines
+        else:
+            same += lines
+    return [*differ, "", *same], sum(not line.startswith(" ") for line in differ)
+
+
+def verdicts(names: Iterable[str], workers: int) -> bool:
+    notebooks = find(list(names))
+    found: dict[str, dict[tuple[str, str], dict[str, str]]] = {}
+    failed = []
+    for way, settings in WAYS.items():
+        print(f"\n== {way}: {len(notebooks)} notebooks", flush=True)
+        switch(settings)
+        done = run(notebooks, EXECUTED / f"robust-{os.getpid()}", workers=workers)
+        failed += [f"{way}: {problem}" for took in done.runs.values() for problem in took.problems]
+        found[way] = {
+            (Path(path).with_suffix("").as_posix(), record["id"]): record
+            for path, notebook in done.executed.items()
+            for record in records_of(notebook)
+        }
+    switch({})
+    lines, differ = table(found)
+    print("\nclaim: " + " | ".join(WAYS), *lines, sep="\n")
+    print(f"\n{len(lines) and differ} claims differ", *failed, sep="\n")
+    return not differ and not failed
+
+
+def library() -> bool:
+    good = True
+    for way, settings in WAYS.items():
+        print(f"\n== {way}: the library's tests", flush=True)
+        switch(settings)
+        command = [sys.executable, "-m", "pytest", "tests", "--ignore=tests/site", "-n", str(pace.cores()), "-q"]
+        good &= subprocess.call(command, cwd=ROOT) == 0
+    switch({})
+    return good
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("chapters", nargs="*", help="such as neurons/polycom; all by default")
+    parser.add_argument("--library", action="store_true", help="the library's tests in place of chapters")
+    parser.add_argument("--workers", type=int, default=0, help="how many notebooks run at once; default: the cores")
+    arguments = parser.parse_args()
+    good = library() if arguments.library else verdicts(arguments.chapters, arguments.workers)
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
