@@ -16,9 +16,9 @@ from pathlib import Path
 from nbformat import NotebookNode
 
 from polylib.lab import closure
+from polylib.lab.claims import records_of
 from tools.execute import EXECUTED, run
 from tools.sources import ROOT, code_cells, code_of, find
-from tools.verdicts import records_of
 
 
 def record_path(source: Path) -> Path:

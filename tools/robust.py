@@ -12,10 +12,10 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from polylib.lab.claims import by_number, records_of
 from tools import pace
 from tools.execute import EXECUTED, run
 from tools.sources import ROOT, find
-from tools.verdicts import by_number, records_of
 
 WAYS = {
     "default": {"ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE", "ONEDNN_MAX_CPU_ISA": "SSE41"},

@@ -1,13 +1,12 @@
 """What came out of the claims, against what the claims files expect."""
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from nbformat import NotebookNode
 
-from polylib.lab.claims import MIME, NOT_TESTED, card, read_claims
+from polylib.lab.claims import MIME, NOT_TESTED, by_number, card, read_claims, records_of
 from tools.execute import executed_path, read_executed
 from tools.sources import ROOT
 
@@ -18,12 +17,6 @@ def claims_file(source: Path) -> Path:
     return ROOT / source.with_suffix(".claims.toml")
 
 
-def records_of(notebook: NotebookNode) -> list[Record]:
-    """The records that `polylib.lab.claim` left in the outputs of an executed notebook."""
-    outputs = (output for cell in notebook.cells for output in cell.get("outputs", []))
-    return [output["data"][MIME] for output in outputs if MIME in output.get("data", {})]
-
-
 def with_texts(notebook: NotebookNode, texts: dict[str, dict[str, str]]) -> NotebookNode:
     """The notebook with its cards drawn again from the current claims file: a change of its text runs nothing."""
     for cell in notebook.cells:
@@ -31,11 +24,6 @@ def with_texts(notebook: NotebookNode, texts: dict[str, dict[str, str]]) -> Note
             if record := output.get("data", {}).get(MIME):
                 output["data"]["text/html"] = card(record, texts.get(record["id"], {}))
     return notebook
-
-
-def by_number(id: str) -> list[int | str]:
-    """A key that sorts C2 before C10."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", id)]
 
 
 def misfits(records: Iterable[Record], texts: dict[str, dict[str, str]]) -> Iterator[str]:

@@ -8,6 +8,7 @@ id, with `paper` (what the paper says), `test` (what is measured and the thresho
 
 import html
 import os
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,17 @@ def read_claims(path: Path) -> dict[str, dict[str, str]]:
     return {id: {name: fields.get(name, "") for name in sorted(FIELDS)} for id, fields in claims.items()}
 
 
+def records_of(notebook: dict[str, Any]) -> list[dict[str, str]]:
+    """The records that `claim` left in the outputs of an executed notebook, in its order."""
+    outputs = (output for cell in notebook["cells"] for output in cell.get("outputs", []))
+    return [output["data"][MIME] for output in outputs if MIME in output.get("data", {})]
+
+
+def by_number(id: str) -> list[int | str]:
+    """A key that sorts C2 before C10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", id)]
+
+
 def _beside_the_notebook() -> dict[str, dict[str, str]]:
     """The claims file of the notebook that runs, or nothing where it can't be told or read."""
     name = Path(os.environ.get("JPY_SESSION_NAME", "")).name.split(".")[0]  # set by JupyterLab's server
@@ -71,8 +83,8 @@ def card(record: dict[str, str], texts: dict[str, str]) -> str:
         if text
     )
     return (
-        f'<div class="polylib-claim" style="border:1px solid {colour}; border-left-width:6px; border-radius:4px;'
-        f' padding:.6em 1em; margin:.6em 0; line-height:1.45">'
+        f'<div class="polylib-claim" id="claim-{html.escape(record["id"])}" style="border:1px solid {colour};'
+        f' border-left-width:6px; border-radius:4px; padding:.6em 1em; margin:.6em 0; line-height:1.45">'
         f'<div><strong>{html.escape(record["id"])}</strong> <span style="background:{colour}; color:#fff;'
         f' border-radius:3px; padding:.1em .5em; font-size:.85em">{record["verdict"]}</span></div>{lines}</div>'
     )
