@@ -206,7 +206,7 @@ def test_bad_results_raise():
         Sweep(lambda slope: 3, {"slope": [1]}, draw).result(slope=1)
     with pytest.raises(ValueError, match="first axis of 3"):
         Sweep(lambda slope: {"y": [1, 2]}, {"slope": [1, 2, 3]}, draw, batch="slope").result(slope=1)
-    with pytest.raises(ValueError, match="slope must be one of .*, got 9"):
+    with pytest.raises(ValueError, match=r"slope must be one of .*, got 9"):
         Sweep(line, KNOBS, draw).result(slope=9, offset=0)
 
 
