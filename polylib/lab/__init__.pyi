@@ -7,7 +7,12 @@ from .data import mnist1d as mnist1d
 from .data import shells as shells
 from .data import text as text
 from .data import text_windows as text_windows
+from .figures import colour as colour
+from .figures import knob_axis as knob_axis
 from .figures import panels as panels
+from .figures import power_axis as power_axis
+from .figures import ring as ring
+from .figures import with_spread as with_spread
 from .progress_bar import progress as progress
 from .scales import at_scale as at_scale
 from .scales import scale as scale

@@ -1,4 +1,4 @@
-"""The look of the book's figures, and their packed form for pages without a kernel.
+"""The look of the book's figures, and the few verbs that many of them use.
 
 Importing this module registers two plotly templates, `polylib_light` and `polylib_dark`, and makes the light one the
 default. Colours are those of Okabe and Ito, which readers with any common form of colour blindness tell apart.
@@ -6,13 +6,12 @@ In a notebook a figure is stored twice: as plotly's own MIME type, which Jupyter
 site draws with the reader's theme (`assets/polylib.js`).
 """
 
-import base64
 import html
 import json
 import sys
 from collections.abc import Sequence
 from importlib import resources
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import plotly.graph_objects as go
@@ -20,18 +19,23 @@ import plotly.io as pio
 from plotly.io.base_renderers import MimetypeRenderer
 from plotly.subplots import make_subplots
 
+from polylib import _checks
+from polylib.lab.packing import embed, pack
+from polylib.lab.wording import written
+
 PALETTE = {
     "light": ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#B58900", "#56B4E9", "#6B6B6B"),
     "dark": ("#56B4E9", "#FF9A52", "#2CC79A", "#E39CC6", "#F0E442", "#9AD0F5", "#B5B5B5"),
 }
+# What a colour says, the same in every chapter.
+ROLES = {"method": 0, "baseline": 1, "ablation": 2, "second": 3, "third": 4, "reference": 6}
 _INK = {"light": "#24292f", "dark": "#d8dee4"}
 _GRID = {"light": "#e3e6ea", "dark": "#3a4048"}
 
 
 def template(theme: str) -> go.layout.Template:
     """The plotly template for `"light"` or `"dark"` pages. Its background is transparent."""
-    if theme not in PALETTE:
-        raise ValueError(f"theme is {theme!r}; expected 'light' or 'dark'")
+    _checks.choice("theme", theme, PALETTE)
     axis = {
         "gridcolor": _GRID[theme],
         "linecolor": _INK[theme],
@@ -94,56 +98,86 @@ def panels(*titles: str, **options: Any) -> go.Figure:
     return figure
 
 
-def pack(figures: Sequence[go.Figure]) -> dict[str, Any]:
-    """Pack the figures of a sweep into one small JSON-ready object.
+def colour(role: str) -> str:
+    """The colour of a role: `"method"` (the paper's), `"baseline"`, `"ablation"`, `"second"` and `"third"` for further
+    variants, `"reference"` for what is only there to compare with."""
+    return PALETTE["light"][ROLES[_checks.choice("role", role, ROLES)]]
 
-    Numeric arrays are stored once each, as base64 of float32 (7 digits); what is left of a figure, its skeleton, is
-    stored once as well, however many figures share it. `figures[i]` lists the number of its skeleton and then of its
-    arrays, in the order in which they stand in it. The template is left out, since the page supplies one for its theme.
+
+def with_spread(
+    figure: go.Figure,
+    x: Any,
+    values: Any,
+    role: str = "method",
+    *,
+    centre: Literal["mean", "median", "geometric"] = "mean",
+    panel: int | None = None,
+    **options: Any,
+) -> go.Figure:
+    """Add a line through the centres of several seeds, with bars from the smallest to the largest of them.
+
+    Args:
+        figure: is changed, and returned.
+        x: of shape (points,).
+        values: of shape (points, seeds).
+        role: as for `colour`.
+        centre: of the seeds: their mean, median or geometric mean.
+        panel: the number of the panel, from 1.
+        options: passed on to `add_scatter`, such as `name`.
     """
-    arrays: dict[str, int] = {}
-    skeletons: dict[str, int] = {}
-    rows = []
-    for figure in figures:
-        used: list[int] = []
-
-        def lift(value: Any, used: list[int] = used) -> Any:
-            if isinstance(value, dict) and "bdata" not in value:
-                return {key: lift(item) for key, item in value.items()}
-            array = _numeric(value)
-            if array is not None:
-                data = base64.b64encode(np.ascontiguousarray(array, dtype="<f4").tobytes()).decode()
-                used.append(arrays.setdefault(data, len(arrays)))
-                return {"$": list(array.shape)}
-            if isinstance(value, list | tuple | np.ndarray):
-                return [lift(item) for item in value]
-            return value.item() if isinstance(value, np.generic) else value
-
-        whole = figure.to_plotly_json()
-        layout = {key: value for key, value in whole["layout"].items() if key != "template"}
-        skeleton = json.dumps(lift({"data": list(whole["data"]), "layout": layout}), separators=(",", ":"))
-        rows.append([skeletons.setdefault(skeleton, len(skeletons)), *used])
-    return {"arrays": list(arrays), "skeletons": [json.loads(text) for text in skeletons], "figures": rows}
+    _checks.choice("centre", centre, ("mean", "median", "geometric"))
+    seeds = np.asarray(values)
+    _checks.shape("values", seeds, f"({len(x)}, seeds), as x", seeds.ndim == 2 and len(seeds) == len(x) and seeds.size)
+    if centre == "geometric":
+        middle = np.exp(np.log(seeds).mean(1))
+    else:
+        middle = np.median(seeds, 1) if centre == "median" else seeds.mean(1)
+    bars = {"array": seeds.max(1) - middle, "arrayminus": middle - seeds.min(1)}
+    style = {"mode": "lines+markers", "line_color": colour(role), **options}
+    return figure.add_scatter(x=x, y=middle, error_y=bars, **style, **_place(panel))
 
 
-def _numeric(value: Any) -> np.ndarray | None:
-    """`value` as an array if it is a regular one of at least four numbers, or plotly's base64 of one; else None."""
-    if isinstance(value, dict):
-        array = np.frombuffer(base64.b64decode(value["bdata"]), np.dtype(value["dtype"]).newbyteorder("<"))
-        return array.reshape([int(size) for size in str(value.get("shape", array.size)).split(",")])
-    if not isinstance(value, list | tuple | np.ndarray) or len(value) == 0:
-        return None
-    try:
-        array = np.asarray(value)
-    except ValueError:  # ragged
-        return None
-    return array if array.dtype.kind in "iuf" and array.size >= 4 and array.ndim <= 2 else None
+def ring(figure: go.Figure, x: Any, y: Any, role: str = "baseline", panel: int | None = None) -> go.Figure:
+    """Add a ring around one point: where the slider stands. Arguments as in `with_spread`."""
+    marker = {"symbol": "circle-open", "size": 18, "color": colour(role), "line": {"width": 3}}
+    place = {"x": [x], "y": [y], "showlegend": False, "hoverinfo": "skip"}
+    return figure.add_scatter(**place, mode="markers", marker=marker, **_place(panel))
 
 
-def embed(kind: str, content: dict[str, Any], fallback: str) -> str:
-    """HTML that `assets/polylib.js` turns into something to see; `fallback` is shown where that script does not run."""
-    text = json.dumps(content, separators=(",", ":"), allow_nan=False).replace("</", "<\\/")
-    return f'<div class="polylib-{kind}"><script type="application/json">{text}</script>{fallback}</div>'
+def power_axis(
+    figure: go.Figure,
+    axis: Literal["x", "y"],
+    title: str | None = None,
+    range: Sequence[float] | None = None,
+    panel: int | None = None,
+) -> go.Figure:
+    """Make an axis logarithmic, with a tick at each power of ten; `range` holds the exponents of its ends."""
+    _checks.choice("axis", axis, ("x", "y"))
+    options = {"type": "log", "dtick": 1, "exponentformat": "power", "title": title, "range": range}
+    return _update(figure, axis, panel, options)
+
+
+def knob_axis(
+    figure: go.Figure,
+    axis: Literal["x", "y"],
+    values: Sequence[Any],
+    title: str | None = None,
+    panel: int | None = None,
+) -> go.Figure:
+    """Give each value of a knob one place on an axis, 0, 1, 2, ..., with its text as the tick."""
+    _checks.choice("axis", axis, ("x", "y"))
+    ticks = {"tickvals": list(range(len(values))), "ticktext": written(values), "range": [-0.5, len(values) - 0.5]}
+    return _update(figure, axis, panel, {**ticks, "title": title})
+
+
+def _update(figure: go.Figure, axis: str, panel: int | None, options: dict[str, Any]) -> go.Figure:
+    given = {name: value for name, value in options.items() if value is not None}
+    update = figure.update_xaxes if axis == "x" else figure.update_yaxes
+    return update(**given, **_place(panel))
+
+
+def _place(panel: int | None) -> dict[str, int]:
+    return {} if panel is None else {"row": 1, "col": _checks.integer("panel", panel, least=1)}
 
 
 def asset(name: str) -> str:

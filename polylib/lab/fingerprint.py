@@ -27,6 +27,16 @@ def fingerprint(function: Any) -> str:
     return digest.hexdigest()[:32]
 
 
+def content(value: Any) -> str | None:
+    """A digest of a value of any kind and of its type, equal in every process; None where it can't be read."""
+    digest = hashlib.sha256()
+    try:
+        _feed(digest, value, set())
+    except TypeError:
+        return None
+    return digest.hexdigest()[:32]
+
+
 @cache
 def _library() -> str:
     """A digest of polylib's own source."""

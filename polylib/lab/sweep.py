@@ -4,191 +4,208 @@ One `Sweep` has three faces, chosen by the front end from one MIME bundle: live 
 sliders over the precomputed grid in the built site (`assets/polylib.js`), and a table in plain text.
 """
 
+import html
 import inspect
 import itertools
-import os
-import threading
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import numpy as np
 import plotly.graph_objects as go
-from joblib import Memory, Parallel, cpu_count, delayed
-from joblib.parallel import get_active_backend
-from torch import Tensor
 
+from polylib import _checks
+from polylib.lab import knobs as knobs_of
+from polylib.lab import store
 from polylib.lab.figures import embed, pack
-from polylib.lab.fingerprint import fingerprint
-from polylib.lab.progress_bar import is_live, listening, progress
+from polylib.lab.fingerprint import content, fingerprint
+from polylib.lab.grid import run_all
+from polylib.lab.progress_bar import is_live
+from polylib.lab.results import Outcome, Point, Result, at, check_lengths, computed, one_run
 
-Result = dict[str, np.ndarray]
-Point = dict[str, Any]
-
-_one_run = threading.RLock()  # a live sweep has its own thread, and torch's forward derivatives can't serve two threads
-
-
-def cache_folder() -> Path:
-    """Where finished points are kept: `$POLYLIB_CACHE`, or `polylib` in the user's cache folder. Delete it at will."""
-    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "polylib"
-    return Path(os.environ.get("POLYLIB_CACHE", default))
+Places = tuple[int, ...]  # a point, as the place of each knob's value in its list
 
 
 class Sweep:
     """An experiment over a grid of settings, shown as a figure with one slider a setting.
 
     Args:
-        run: `run(**point)` returns a dict of arrays (numpy, torch or numbers). It must depend on nothing but the
-            point, and on values that do not change.
-        knobs: for each argument of `run` the values that it can take, at least one, in the order of the slider.
-        view: `view(result)` draws the dict that `run` returned, as a plotly figure.
+        run: `run(**point)` returns a dict of arrays: numpy arrays, torch tensors, lists or numbers. It must depend on
+            nothing but the point, and on values that do not change. Each run starts from the same random state.
+        knobs: for each argument of `run` the values that it can take, at least one, in the order of the slider: a
+            list of numbers, words or named functions, or `{label: value}` for values of any kind.
+        view: `view(result, point)` draws a plotly figure. `result` is the dict that `run` returned, as read-only
+            arrays; `point` holds the value of each knob.
         batch: the name of a knob along which `run` computes all values in one pass. `run` then gets the list of its
-            values, and each array that it returns has a first axis of that length. Points along it cost nothing once
-            one was computed.
+            values, and each array that it returns has a first axis of that length. What all values share is returned
+            once, in a second dict: `return {"loss": losses}, {"accuracy": over_all_values}`; `view` finds it as it
+            is, beside the rest. Points along this knob cost nothing once one was computed.
         start: the values at which the sliders stand at first; by default the middle one of each list.
         labels: what to write beside the sliders instead of the knobs' names.
 
     Results are kept on disk, one file a run, under a key made of the code and the arguments: an interrupted or killed
-    grid resumes where it was. The grid runs in parallel through joblib, on this machine or wherever
-    `joblib.parallel_config` says.
+    grid resumes where it was. A grid that takes a few seconds runs in this process. A larger one runs in parallel
+    through joblib, on this machine or wherever `joblib.parallel_config` says.
 
     Raises:
         ValueError: an empty grid, a repeated value, an unknown `batch` or `start`, or knobs that `run` does not take.
-        TypeError: `run` or `view` can't be called, or `run` returned something that is not a dict of arrays.
+        TypeError: `run` or `view` can't be called, a value that needs a label, `run` returned something that is not a
+            dict of arrays, or `view` something that is not a figure.
     """
 
     def __init__(
         self,
-        run: Callable[..., Mapping[str, Any]],
-        knobs: Mapping[str, Sequence[Any]],
-        view: Callable[[Result], go.Figure],
+        run: Callable[..., Any],
+        knobs: Mapping[str, Any],
+        view: Callable[[Result, Point], go.Figure],
         *,
         batch: str | None = None,
         start: Mapping[str, Any] | None = None,
         labels: Mapping[str, str] | None = None,
     ) -> None:
-        for name, function in (("run", run), ("view", view)):
-            if not callable(function):
-                raise TypeError(f"{name} is {function!r}; expected a function")
-        self.run, self.view, self.batch = run, view, batch
-        self.knobs = {name: list(values) for name, values in knobs.items()}
-        _check_knobs(run, self.knobs, batch)
-        self.start = {name: values[len(values) // 2] for name, values in self.knobs.items()}
-        for name, value in (start or {}).items():
-            if value not in self.knobs.get(name, []):
-                raise ValueError(
-                    f"start[{name!r}] is {value!r}; expected one of {self.knobs.get(name, 'no such knob')}"
-                )
-            self.start[name] = value
-        self.labels = {name: (labels or {}).get(name, name.replace("_", " ")) for name in self.knobs}
+        self.run, self.view, self.batch = _checks.function("run", run), _checks.function("view", view), batch
+        self.grid = knobs_of.read(knobs, labels)
+        if batch is not None:
+            _checks.choice("batch", batch, self.grid)
+        self._check_signatures()
+        for name in start or {}:
+            _checks.choice("start", name, self.grid)
+        self.start_places = {
+            name: knob.index((start or {})[name], f"start[{name!r}]")
+            if name in (start or {})
+            else len(knob.values) // 2
+            for name, knob in self.grid.items()
+        }
         self._key: str | None = None
-        self._known: dict[tuple[Any, ...], Result] = {}
-        self._disk = Memory(cache_folder(), verbose=0).cache(_recall, ignore=["compute"])
+        self._known: dict[Places, Outcome] = {}
+
+    def _check_signatures(self) -> None:
+        for name, function, arguments in (("run", self.run, self.grid), ("view", self.view, ("result", "point"))):
+            try:
+                signature = inspect.signature(function)
+            except ValueError:  # some functions that are written in C have none
+                continue
+            try:
+                signature.bind(*arguments) if name == "view" else signature.bind(**dict.fromkeys(arguments))
+            except TypeError as error:
+                raise ValueError(f"{name} must take {', '.join(arguments)}, got {signature} ({error})") from None
+
+    @property
+    def knobs(self) -> dict[str, list[Any]]:
+        """The values of each knob."""
+        return {name: list(knob.values) for name, knob in self.grid.items()}
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """What stands beside each slider."""
+        return {name: knob.label for name, knob in self.grid.items()}
+
+    @property
+    def start(self) -> Point:
+        """Where the sliders stand at first."""
+        return self._point(tuple(self.start_places.values()))
 
     # One point
 
     def points(self) -> list[Point]:
         """All points of the grid; the last knob varies fastest."""
-        return [dict(zip(self.knobs, values, strict=True)) for values in itertools.product(*self.knobs.values())]
+        return [self._point(places) for places in self._all_places()]
 
     def result(self, **point: Any) -> Result:
-        """The result at one point: from memory, from disk, or computed now."""
-        if set(point) != set(self.knobs):
-            raise ValueError(f"point has {sorted(point)}; expected {sorted(self.knobs)}")
-        for name, value in point.items():
-            if value not in self.knobs[name]:
-                raise ValueError(f"{name} is {value!r}; expected one of {self.knobs[name]}")
-        call = self._call(point)
-        return self._slice(self._recalled(call) or self._computed(call), point)
+        """The result at one point, as read-only arrays: from memory, from disk, or computed now."""
+        if set(point) != set(self.grid):
+            raise ValueError(f"point must have {', '.join(self.grid)}, got {', '.join(point) or 'nothing'}")
+        return self._result(self._places(point))
 
     def figure(self, **point: Any) -> go.Figure:
         """The figure at one point; knobs that are not named stand at their start."""
-        return self.view(self.result(**{**self.start, **point}))
+        return self.drawn(self._places(point))
 
-    def _call(self, point: Point) -> Point:
-        """The arguments of the run that holds this point."""
-        return {**point, self.batch: self.knobs[self.batch]} if self.batch else point
+    def _places(self, point: Point) -> Places:
+        for name in point:
+            _checks.choice("point", name, self.grid)
+        return tuple(
+            knob.index(point[name], name) if name in point else self.start_places[name]
+            for name, knob in self.grid.items()
+        )
 
-    def _slice(self, whole: Result, point: Point) -> Result:
-        if self.batch is None:
-            return whole
-        index = self.knobs[self.batch].index(point[self.batch])
-        return {name: array[index] for name, array in whole.items()}
+    def _all_places(self) -> Iterable[Places]:
+        return itertools.product(*(range(len(knob.values)) for knob in self.grid.values()))
 
-    def _computed(self, call: Point) -> Result:
-        with _one_run:  # while this thread waited, another one may have computed the same
-            return self._recalled(call) or self._keep(call, self.run(**call))
+    def _point(self, places: Places) -> Point:
+        return {name: knob.value(place) for (name, knob), place in zip(self.grid.items(), places, strict=True)}
+
+    def _run_of(self, places: Places) -> Places:
+        """The run that holds a point: all points along the batched knob have the same."""
+        return tuple(0 if name == self.batch else place for name, place in zip(self.grid, places, strict=True))
+
+    def _call(self, run: Places) -> Point:
+        """The arguments of a run."""
+        point = self._point(run)
+        if self.batch is not None:
+            knob = self.grid[self.batch]
+            point[self.batch] = [knob.value(place) for place in range(len(knob.values))]
+        return point
+
+    def _result(self, places: Places) -> Result:
+        run = self._run_of(places)
+        outcome = self._recalled(run)
+        if outcome is None:
+            with one_run:  # while this thread waited, another one may have computed the same
+                outcome = self._recalled(run) or self._keep(run, computed(self.run, self._call(run)))
+        return at(outcome, None if self.batch is None else places[list(self.grid).index(self.batch)])
+
+    def drawn(self, places: Places) -> go.Figure:
+        """The figure at a point that is given by the place of each knob's value in its list."""
+        figure = self.view(self._result(places), self._point(places))
+        if not isinstance(figure, go.Figure):
+            raise TypeError(f"view must return a plotly figure, got {figure!r:.60} ({type(figure).__name__})")
+        return figure
 
     # What is kept
 
-    def _recalled(self, call: Point) -> Result | None:
-        name = _identity(call)
-        if name not in self._known:
+    def _recalled(self, run: Places) -> Outcome | None:
+        if run not in self._known:
             self._key = self._key or fingerprint(self.run)
-            if not self._disk.check_call_in_cache(None, self._key, name):
+            outcome = store.load(self._key, self._name(run))
+            if outcome is None:
                 return None
-            self._known[name] = self._disk(None, self._key, name)
-        return self._known[name]
+            self._known[run] = outcome
+        return self._known[run]
 
-    def _keep(self, call: Point, outcome: Mapping[str, Any]) -> Result:
-        result = _as_arrays(outcome)
-        if self.batch is not None:
-            for name, array in result.items():
-                if array.ndim == 0 or len(array) != len(self.knobs[self.batch]):
-                    raise ValueError(
-                        f"run returned {name!r} with shape {array.shape}; expected a first axis of"
-                        f" {len(self.knobs[self.batch])}, one entry for each value of {self.batch!r}"
-                    )
+    def _keep(self, run: Places, outcome: Outcome) -> Outcome:
+        check_lengths(outcome, self.batch, 0 if self.batch is None else len(self.grid[self.batch].values))
         self._key = self._key or fingerprint(self.run)
-        name = _identity(call)
-        self._known[name] = self._disk(lambda: result, self._key, name)
-        return result
+        store.save(self._key, self._name(run), outcome)
+        self._known[run] = outcome
+        return outcome
+
+    def _name(self, run: Places) -> str:
+        return str(content(sorted(self._call(run).items())))
 
     # The whole grid
 
     def compute(self) -> None:
-        """Compute what is missing of the grid, in parallel. Interrupted, it keeps what is finished."""
-        calls = {_identity(self._call(point)): self._call(point) for point in self.points()}
-        missing = [call for call in calls.values() if self._recalled(call) is None]
-        backend, jobs = get_active_backend()
-        elsewhere = type(backend).__name__ != "LokyBackend"
-        if not missing:
-            return
-        if not elsewhere and jobs in (None, 1):  # nothing was configured: use this machine, if there is work for it
-            jobs = min(cpu_count(), len(missing))
-        streams = getattr(backend, "supports_return_generator", False)
-        # Where results don't stream, as in Ray's backend, few are asked for at a time: what is finished is kept.
-        part = len(missing) if streams else 2 * max(1, backend.effective_n_jobs(jobs if jobs is not None else -1))
-        parallel = Parallel(n_jobs=jobs, return_as="generator_unordered" if streams else "list", batch_size=1)
-        parts = (
-            parallel(delayed(_numbered)(self.run, number, missing[number]) for number in numbers[:part])
-            for numbers in (range(start, len(missing)) for start in range(0, len(missing), part))
-        )
-        outcomes = itertools.chain.from_iterable(parts)
-        for number, outcome in progress(outcomes, "sweep", total=len(missing)):
+        """Compute what is missing of the grid, in parallel where it takes long. Interrupted, it keeps what is done."""
+        runs = dict.fromkeys(map(self._run_of, self._all_places()))
+        missing = [run for run in runs if self._recalled(run) is None]
+        for number, outcome in run_all(self.run, [self._call(run) for run in missing]):
             self._keep(missing[number], outcome)
 
     # Three faces
 
     def table(self) -> str:
         """The grid as text: one line a knob."""
-        lines = [f"Sweep of {getattr(self.run, '__name__', 'run')}: {len(self.points())} points"]
-        lines += [f"  {self.labels[name]}: {', '.join(map(_written, values))}" for name, values in self.knobs.items()]
-        return "\n".join(lines)
+        lines = [f"Sweep of {getattr(self.run, '__name__', 'run')}: {len(list(self._all_places()))} points"]
+        return "\n".join(lines + [f"  {knob.label}: {', '.join(knob.texts)}" for knob in self.grid.values()])
 
     def html(self) -> str:
         """The face for pages without a kernel: the whole grid, computed and packed, with sliders."""
         self.compute()
         knobs = [
-            {
-                "label": self.labels[name],
-                "values": [_written(value) for value in values],
-                "start": values.index(self.start[name]),
-            }
-            for name, values in self.knobs.items()
+            {"label": knob.label, "values": knob.texts, "start": self.start_places[name]}
+            for name, knob in self.grid.items()
         ]
-        content = {"knobs": knobs, **pack([self.figure(**point) for point in self.points()])}
-        return embed("sweep", content, f"<pre>{self.table()}</pre>")
+        content = {"knobs": knobs, **pack([self.drawn(places) for places in self._all_places()])}
+        return embed("sweep", content, f"<pre>{html.escape(self.table())}</pre>")
 
     def widget(self) -> Any:
         """The live face: ipywidgets that compute a point when a slider asks for it."""
@@ -200,49 +217,3 @@ class Sweep:
         if is_live():
             return {**self.widget()._repr_mimebundle_(), "text/plain": self.table()}
         return {"text/html": self.html(), "text/plain": self.table()}
-
-
-def _check_knobs(run: Callable[..., Any], knobs: dict[str, list[Any]], batch: str | None) -> None:
-    if not knobs:
-        raise ValueError("knobs is empty; expected at least one")
-    for name, values in knobs.items():
-        if not values:
-            raise ValueError(f"knobs[{name!r}] is empty; expected at least one value")
-        if len({repr(value) for value in values}) < len(values):
-            raise ValueError(f"knobs[{name!r}] repeats a value: {values}")
-    if batch is not None and batch not in knobs:
-        raise ValueError(f"batch is {batch!r}; expected one of the knobs {sorted(knobs)}")
-    try:
-        inspect.signature(run).bind(**dict.fromkeys(knobs))
-    except TypeError as error:
-        raise ValueError(f"run can't be called with the knobs {sorted(knobs)}: {error}") from None
-
-
-def _numbered(run: Callable[..., Mapping[str, Any]], number: int, call: Point) -> tuple[int, Result]:
-    with listening(lambda fraction: None):  # the bar over the grid is enough
-        return number, _as_arrays(run(**call))
-
-
-def _recall(compute: Callable[[], Result], key: str, name: tuple[Any, ...]) -> Result:
-    """What joblib's Memory wraps: it runs only for results that are not on disk yet, and they are kept."""
-    return compute()
-
-
-def _identity(call: Point) -> tuple[Any, ...]:
-    return tuple((name, tuple(v) if isinstance(v, list) else v) for name, v in sorted(call.items()))
-
-
-def _as_arrays(outcome: Any) -> Result:
-    if not isinstance(outcome, Mapping) or not outcome:
-        raise TypeError(f"run returned {type(outcome).__name__}; expected a dict of arrays, with at least one entry")
-    result = {}
-    for name, value in outcome.items():
-        array = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
-        if array.dtype == object:
-            raise TypeError(f"run returned {name!r} as {type(value).__name__}; expected an array")
-        result[name] = array
-    return result
-
-
-def _written(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)

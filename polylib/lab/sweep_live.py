@@ -3,7 +3,7 @@
 import html
 import threading
 import traceback
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import ipywidgets as widgets
 import plotly.graph_objects as go
@@ -24,20 +24,19 @@ class _Live:
 
     def __init__(self, sweep: "Sweep") -> None:
         self.sweep = sweep
-        self.wanted: dict[str, Any] | None = None  # the newest point that was asked for and not taken up yet
+        self.wanted: tuple[int, ...] | None = None  # the newest point that was asked for and not taken up yet
         self.changed = threading.Condition()
-        width = (
-            f"{max(map(len, sweep.labels.values())) * 0.6 + 1}em"  # one width, so that the sliders stand in a column
-        )
+        width = f"{max(map(len, sweep.labels.values())) * 0.6 + 1}em"  # one for all, so that sliders stand in a column
         self.sliders = {
             name: widgets.SelectionSlider(
-                options=[(_short(value), value) for value in values],
-                value=sweep.start[name],
-                description=sweep.labels[name],
+                options=list(zip(knob.texts, knob.values, strict=True)),
+                index=sweep.start_places[name],
+                equals=knob.same,
+                description=knob.label,
                 style={"description_width": width},
                 layout={"width": "min(34em, 98%)"},
             )
-            for name, values in sweep.knobs.items()
+            for name, knob in sweep.grid.items()
         }
         self.figure = go.FigureWidget(layout={"autosize": True})
         self.bar = widgets.FloatProgress(
@@ -46,23 +45,23 @@ class _Live:
         self.message = widgets.HTML()
         self.box = widgets.VBox([*self.sliders.values(), self.bar, self.message, self.figure])
         for slider in self.sliders.values():
-            slider.observe(lambda _: self.ask(), names="value")
+            slider.observe(lambda _: self.ask(), names="index")  # 1 and True are equal values
         threading.Thread(target=self.work, name="polylib sweep", daemon=True).start()
         self.ask()
 
     def ask(self) -> None:
         with self.changed:
-            self.wanted = {name: slider.value for name, slider in self.sliders.items()}
+            self.wanted = tuple(slider.index for slider in self.sliders.values())
             self.changed.notify()
 
     def work(self) -> None:
         while True:
             with self.changed:
                 self.changed.wait_for(lambda: self.wanted is not None)
-                point, self.wanted = self.wanted, None
+                places, self.wanted = self.wanted, None
             try:
                 with listening(self.report):
-                    figure = self.sweep.figure(**point)
+                    figure = self.sweep.drawn(places)
                 self.show(figure)
                 self.message.value = ""
             except Superseded:
@@ -88,10 +87,6 @@ class _Live:
                 for before, after in zip(old.data, new.data, strict=True):
                     before.update(after.to_plotly_json(), overwrite=True)
             old.update_layout(new.layout.to_plotly_json(), overwrite=True)
-
-
-def _short(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _explained(error: Exception) -> str:

@@ -30,7 +30,7 @@ def line(slope, offset):
     return {"x": x, "y": slope * x + offset}
 
 
-def draw(result):
+def draw(result, point):
     return go.Figure(go.Scatter(x=result["x"], y=result["y"]))
 
 
@@ -55,7 +55,7 @@ def test_three_hundred_points_stay_under_one_megabyte():
         rng = np.random.default_rng([a, b])
         return {"curves": rng.standard_normal((4, 100))}
 
-    def view(result):
+    def view(result, point):
         figure = go.Figure()
         for curve in result["curves"]:
             figure.add_scatter(x=np.arange(100), y=curve)
@@ -134,7 +134,7 @@ def test_kill_in_the_middle_of_a_grid_loses_no_finished_point(tmp_path):
                 time.sleep(60)
             return {"y": np.full(5, point)}
 
-        Sweep(run, {"point": list(range(8))}, lambda r: go.Figure(go.Scatter(y=r["y"]))).compute()
+        Sweep(run, {"point": list(range(8))}, lambda r, p: go.Figure(go.Scatter(y=r["y"]))).compute()
         """)
     )
     log = tmp_path / "log"
@@ -181,14 +181,19 @@ def test_an_error_names_itself_and_keeps_the_finished_points():
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
-        ({"knobs": {}}, ValueError, "knobs is empty"),
-        ({"knobs": {"slope": [], "offset": [1]}}, ValueError, r"knobs\['slope'\] is empty"),
-        ({"knobs": {"slope": [1, 1], "offset": [1]}}, ValueError, "repeats"),
+        ({"knobs": {}}, ValueError, "knobs must be a dict with at least one knob"),
+        ({"knobs": {"slope": [], "offset": [1]}}, ValueError, r"knobs\['slope'\] must have at least one value"),
+        ({"knobs": {"slope": [1, 1], "offset": [1]}}, ValueError, "different values, got 1 twice"),
         ({"knobs": {"slope": [1]}}, ValueError, "offset"),
         ({"knobs": {**KNOBS, "width": [1]}}, ValueError, "width"),
         ({"batch": "width"}, ValueError, "batch"),
-        ({"start": {"slope": 7}}, ValueError, r"start\['slope'\] is 7"),
-        ({"run": 3}, TypeError, "run is 3"),
+        ({"start": {"slope": 7}}, ValueError, r"start\['slope'\] must be one of .*, got 7"),
+        ({"run": 3}, TypeError, "run must be a function, got 3"),
+        ({"view": lambda result: go.Figure()}, ValueError, "view must take result, point"),
+        ({"labels": {"slop": "slope"}}, ValueError, "labels must name knobs"),
+        ({"knobs": {"slope": "relu", "offset": [1]}}, TypeError, "must be a list of values or a dict"),
+        ({"knobs": {"slope": [lambda x: x], "offset": [1]}}, TypeError, "a function without a name"),
+        ({"knobs": {"slope": [[8], [8, 16]], "offset": [1]}}, TypeError, "values like list"),
     ],
 )
 def test_bad_arguments_raise_before_any_work(arguments, error, words):
@@ -201,7 +206,7 @@ def test_bad_results_raise():
         Sweep(lambda slope: 3, {"slope": [1]}, draw).result(slope=1)
     with pytest.raises(ValueError, match="first axis of 3"):
         Sweep(lambda slope: {"y": [1, 2]}, {"slope": [1, 2, 3]}, draw, batch="slope").result(slope=1)
-    with pytest.raises(ValueError, match="slope is 9"):
+    with pytest.raises(ValueError, match=r"slope must be one of .*, got 9"):
         Sweep(line, KNOBS, draw).result(slope=9, offset=0)
 
 

@@ -17,7 +17,7 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("POLYLIB_CACHE", str(tmp_path / "cache"))
 
 
-def draw(result):
+def draw(result, point):
     return go.Figure(go.Scatter(y=result["y"]))
 
 
@@ -83,7 +83,7 @@ def test_an_error_is_shown_and_the_next_drag_works():
 
 
 def test_figures_with_other_traces_replace_each_other():
-    def view(result):
+    def view(result, point):
         kind = go.Scatter if result["y"][0] < 2 else go.Bar
         return go.Figure([kind(y=result["y"])] * int(result["y"][0]))
 

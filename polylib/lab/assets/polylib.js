@@ -19,7 +19,8 @@
       if (Array.isArray(value)) return value.map(fill);
       if (value === null || typeof value !== "object") return value;
       if (value.$) {
-        const array = { dtype: "f4", bdata: content.arrays[arrays[next++]] };
+        const stored = content.arrays[arrays[next++]];
+        const array = typeof stored === "string" ? { dtype: "f4", bdata: stored } : { ...stored };
         if (value.$.length === 2) array.shape = value.$.join(", ");
         return array;
       }
