@@ -1,5 +1,7 @@
-"""A real JupyterLab: each lab opens as a notebook, runs from top to bottom, and its live sliders redraw the figure."""
+"""A real JupyterLab: each lab, and the quickest chapter of each part, opens as a notebook, runs from top to bottom, and
+its live sliders redraw the figure."""
 
+import json
 import os
 import re
 import secrets
@@ -15,8 +17,26 @@ import pytest
 
 from .conftest import ROOT
 
-LABS = sorted(path.stem for path in (ROOT / "labs").glob("*.md"))
-BUSY = 240  # seconds that a whole lab may take to run
+
+def seconds(chapter: Path) -> float:
+    """How long a chapter took when it was executed for the site; for ever if it was not."""
+    executed = ROOT / ".executed" / chapter.relative_to(ROOT).with_suffix(".ipynb")
+    try:
+        return json.loads(executed.read_text(encoding="utf-8"))["metadata"]["polylib"]["seconds"]
+    except (OSError, KeyError, ValueError):
+        return float("inf")
+
+
+def quickest_chapters() -> list[Path]:
+    """One chapter of each part, with a sweep."""
+    chapters = sorted((ROOT / "book").glob("*/*.md"), key=seconds, reverse=True)
+    return sorted({path.parent: path for path in chapters if "Sweep(" in path.read_text(encoding="utf-8")}.values())
+
+
+NOTEBOOKS = [
+    path.relative_to(ROOT).as_posix() for path in [*sorted((ROOT / "labs").glob("*.md")), *quickest_chapters()]
+]
+BUSY = 240  # seconds that a whole notebook may take to run
 SLIDER = ".noUi-handle, .widget-slider [role=slider]"
 PATIENCE = 30  # seconds that a figure may take to follow a slider, on a machine that does other things, too
 
@@ -27,7 +47,8 @@ def jupyterlab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     if not (Path(sys.prefix) / "share" / "jupyter" / "lab" / "settings" / "overrides.json").exists():
         pytest.skip("JupyterLab's settings are not in this environment: they come with make lab or make test")
     folder = tmp_path_factory.mktemp("jupyterlab")
-    shutil.copytree(ROOT / "labs", folder / "root" / "labs", ignore=shutil.ignore_patterns(".*"))
+    for name in ("labs", "book"):
+        shutil.copytree(ROOT / name, folder / "root" / name, ignore=shutil.ignore_patterns(".*"))
     shutil.copy(ROOT / "pyproject.toml", folder / "root")
     own = {f"JUPYTER_{kind}": str(folder / kind.lower()) for kind in ("CONFIG_DIR", "DATA_DIR", "RUNTIME_DIR")}
     own |= {f"JUPYTERLAB_{kind}_DIR": str(folder / kind.lower()) for kind in ("SETTINGS", "WORKSPACES")}
@@ -70,15 +91,20 @@ def wait_for(server: subprocess.Popen, log: Path, token: str) -> str:
     pytest.fail(f"JupyterLab did not start:\n{log.read_text()[-3000:]}")
 
 
-@pytest.mark.parametrize("lab", LABS)
-def test_lab_runs_and_its_sliders_are_live(browser, jupyterlab: str, screenshots: Path | None, lab: str) -> None:
+@pytest.mark.parametrize("notebook", NOTEBOOKS)
+def test_a_notebook_runs_and_its_sliders_are_live(
+    browser, jupyterlab: str, screenshots: Path | None, notebook: str
+) -> None:
     page = browser.new_page(viewport={"width": 1400, "height": 1150})
+    name = Path(notebook).stem
     try:
-        run_and_move(page, jupyterlab % (lab, f"labs/{lab}.md"))
+        run_and_move(page, jupyterlab % (name, notebook))
+        if notebook.startswith("book"):
+            assert page.locator(".polylib-claim", has_text="The paper").count(), "the claims' file was not found"
     finally:
         if screenshots:
             page.wait_for_timeout(1000)
-            page.screenshot(path=screenshots / f"jupyterlab-{lab}.png")
+            page.screenshot(path=screenshots / f"jupyterlab-{name}.png")
         # The kernel of a closed page would go on, and take time from the next lab.
         base, token = re.match(r"(.*)/lab/workspaces/.*(\?token=.*)", jupyterlab).groups()
         for session in page.request.get(f"{base}/api/sessions{token}").json():
@@ -106,7 +132,7 @@ def run_and_move(page, address: str) -> None:
 
     look_through(page)
     areas = page.locator(".jp-Notebook .jp-OutputArea-output").filter(has=page.locator(SLIDER))
-    assert areas.count() >= 1, "a lab has a live sweep"
+    assert areas.count() >= 1, "a notebook has a live sweep"
     for number in range(areas.count()):
         sliders, figure = areas.nth(number).locator(SLIDER), areas.nth(number).locator(".js-plotly-plot").first
         sliders.first.scroll_into_view_if_needed()
@@ -163,7 +189,7 @@ def wait_until_run(page) -> None:
         if waiting == 0 and idle:
             return
         page.wait_for_timeout(500)
-    pytest.fail(f"the lab still runs after {BUSY} s")
+    pytest.fail(f"the notebook still runs after {BUSY} s")
 
 
 def look_through(page) -> None:

@@ -1,4 +1,7 @@
-"""The sweeps of the built site in a real browser: their sliders, by keyboard and by time."""
+"""The sweeps of the built site in a real browser: one page a part has its sliders moved, by keyboard and by time.
+
+Every point of every sweep is looked at in `test_pages.py`, without layout.
+"""
 
 from pathlib import Path
 from statistics import median
@@ -8,6 +11,7 @@ import pytest
 from .conftest import opened, pages, read
 
 WITH_SWEEPS = [page for page in pages() if "polylib-sweep" in read(page)]
+ONE_A_PART = list({Path(page).parent: page for page in reversed(WITH_SWEEPS)}.values())
 
 # Sends the slider's own event, as a key does, for each value, and times how long the figure takes to follow.
 MOVE = """async ([sweep, knob, values]) => {
@@ -75,7 +79,7 @@ def move_every_slider(page) -> None:
 
 
 @pytest.mark.skipif(not WITH_SWEEPS, reason="the site is not built: make book")
-@pytest.mark.parametrize("page_name", WITH_SWEEPS)
+@pytest.mark.parametrize("page_name", ONE_A_PART)
 def test_sweeps_move(browser, site: Path, page_name: str) -> None:
     """From a folder on disk, where a page may ask for less than from a server."""
     context = browser.new_context(viewport={"width": 1280, "height": 900})

@@ -98,6 +98,7 @@
 
   function mount(element) {
     const content = JSON.parse(element.querySelector("script[type='application/json']").textContent);
+    element.polylib = { figures: content.figures.length, unpack: (number) => unpack(content, number) }; // to look into
     const place = document.createElement("div");
     place.className = "polylib-plot";
     let number = 0;
