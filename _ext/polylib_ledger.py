@@ -69,7 +69,7 @@ def _badge(verdict: str, note: str = "") -> str:
 
 def _counts(rows: list[dict[str, str]]) -> str:
     """How many claims of each part have which verdict, at each scale."""
-    scales = {"ci": "on this page's scale", "laptop": "in the recorded larger runs"}
+    scales = {"ci": "here", "laptop": "in the larger run"}
     head = "".join(f'<th colspan="3">{words}</th>' for words in scales.values())
     kinds = "".join(f"<th>{kind}</th>" for _ in scales for kind in VERDICTS)
     lines = []

@@ -89,12 +89,14 @@ POINTS = """() => {
         if (value.bdata === undefined) return Object.values(value).forEach(arrays);
         const items = atob(value.bdata).length / sizes[value.dtype];
         const expected = value.shape ? value.shape.split(",").reduce((a, b) => a * Number(b), 1) : items;
-        if (!Number.isInteger(items) || items !== expected || items === 0) found.push(`${items} of ${expected} numbers`);
+        if (!Number.isInteger(items) || items !== expected || !items)
+            found.push(`${items} of ${expected} numbers`);
     };
     for (const element of document.querySelectorAll(".polylib-figure, .polylib-sweep")) {
         for (let number = 0; number < element.polylib.figures; number++) {
             const figure = element.polylib.unpack(number);
-            if (!figure.data.length && !(figure.layout.annotations || []).length) found.push(`point ${number} is empty`);
+            const shown = figure.data.length + (figure.layout.annotations || []).length;
+            if (!shown) found.push(`point ${number} is empty`);
             arrays(figure.data);
         }
         const first = element.polylib.unpack(0);
