@@ -14,10 +14,12 @@ from .figures import power_axis as power_axis
 from .figures import ring as ring
 from .figures import with_spread as with_spread
 from .progress_bar import progress as progress
+from .rate_search import search as search
 from .scales import at_scale as at_scale
 from .scales import scale as scale
+from .schedules import constant as constant
+from .schedules import one_cycle as one_cycle
+from .stack import Stack as Stack
 from .sweep import Sweep as Sweep
-from .training import constant as constant
-from .training import one_cycle as one_cycle
 from .training import train as train
 from .training import train_many as train_many

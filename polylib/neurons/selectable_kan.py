@@ -9,13 +9,15 @@ of the stages are choices made here.
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call, stack_module_state, vmap
 
+from polylib.lab.same_architecture import check_same_architecture
+from polylib.lab.stack import Stack
 from polylib.neurons.basis_functions import FAMILIES, check_grid
 
 
@@ -181,47 +183,45 @@ def train_skan(
     Raises:
         ValueError: no models, a model without such a layer, `keep` out of range, or stages that do not add up to 1.
     """
-    if not models:
-        raise ValueError("models is empty; expected at least one")
+    check_same_architecture(models)
     layers = {name: part for name, part in models[0].named_modules() if isinstance(part, SelectableKANLinear)}
     if not layers:
         raise ValueError(f"models[0] ({type(models[0]).__name__}) has no SelectableKANLinear; expected at least one")
     _check_keep(keep, min(len(layer.pool) for layer in layers.values()))
     if abs(sum(stages) - 1) > 1e-6 or min(stages) < 0:
         raise ValueError(f"stages is {stages}; expected three shares that add up to 1")
-    names = {name: f"{name}." if name else "" for name in layers}
-    parameters, buffers = stack_module_state(list(models))
-    skeleton = models[0]
-
-    def error(p: dict[str, Tensor], b: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        return F.mse_loss(functional_call(skeleton, (p, b), (x,)), y)
-
-    errors = vmap(error)
+    prefixes = [f"{name}." if name else "" for name in layers]
     shrink = int(stages[0] * steps)
     prune = int((stages[0] + stages[1]) * steps)
+
+    def objective(l1: float, model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        mse = F.mse_loss(model(batch[0]), batch[1])
+        parts = [part for part in model.modules() if isinstance(part, SelectableKANLinear)]
+        penalty = sum(ridge * part.coefficients.square().sum() + l1 * part.select.abs().sum() for part in parts)
+        return mse + penalty, mse
+
+    def error(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return F.mse_loss(model(batch[0]), batch[1])
+
     losses, scores = [], {}
     for first, last in ((0, prune), (prune, steps)):
-        optimizer = torch.optim.Adam(parameters.values(), lr=lr)
+        stack = Stack(models, lr, optimizer="adam")
         for step in range(first, last):
-            optimizer.param_groups[0]["lr"] = lr / 2 * (1 + math.cos(math.pi * (step - first) / (last - first)))
-            mse = errors(parameters, buffers, x, y)
-            penalty = sum(ridge * parameters[f"{name}coefficients"].square().sum() for name in names.values())
-            if shrink <= step < prune:
-                penalty = penalty + sum(l1 * parameters[f"{name}select"].abs().sum() for name in names.values())
-            optimizer.zero_grad()
-            (mse.sum() + penalty).backward()
-            optimizer.step()
-            losses.append(mse.detach())
+            factor = 0.5 * (1 + math.cos(math.pi * (step - first) / (last - first)))
+            stage = partial(objective, l1 if shrink <= step < prune else 0.0)
+            losses.append(stack.step(stage, (x, y), factor=factor)[1])
         if first == 0:
-            with torch.no_grad():
-                for layer, name in names.items():
-                    key = f"{name}mask"
-                    scores[layer] = _scores(buffers[key], lambda m, k=key: errors(parameters, {**buffers, k: m}, x, y))
-                for layer, name in names.items():
-                    buffers[f"{name}mask"] = _best(scores[layer], keep).to(x)
-    with torch.no_grad():
-        for t, model in enumerate(models):
-            model.load_state_dict({name: value[t] for name, value in {**parameters, **buffers}.items()})
+            masks = stack.buffers
+            for layer, prefix in zip(layers, prefixes, strict=True):
+
+                def loss(mask: Tensor, key: str = f"{prefix}mask") -> Tensor:
+                    stack.buffers = masks | {key: mask}
+                    return stack.evaluate(error, (x, y))
+
+                scores[layer] = _scores(masks[f"{prefix}mask"], loss)
+            chosen = {f"{p}mask": _best(scores[layer], keep).to(x) for layer, p in zip(layers, prefixes, strict=True)}
+            stack.buffers = masks | chosen
+        stack.write_back()
     return {"loss": torch.stack(losses, 1), "scores": scores}
 
 

@@ -4,7 +4,6 @@ Y. H. Liu and others, ICLR 2024 (arXiv 2310.08513). The exact expressions for tw
 conservation of W1 W1^T - w2 w2^T under gradient flow.
 """
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -12,9 +11,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call, grad_and_value, stack_module_state, vmap
 
-from polylib.kernels import sweep_sgd_step
+from polylib.lab.stack import Stack
+from polylib.lab.training import seeds_of
 
 
 class LinearRankTheory(NamedTuple):
@@ -120,7 +119,7 @@ def train_to_loss(
     not finite; the others go on in a smaller stack. Batches are drawn with replacement.
 
     Args:
-        models: K modules that differ in nothing but the values of their parameters; no buffers that change.
+        models: K modules that differ in nothing but the values of their parameters and buffers.
         x, y: `(samples, ...)`, the inputs and targets of all networks.
         rate, momentum: of stochastic gradient descent.
         memory: the factor of the running loss from one step to the next.
@@ -135,63 +134,50 @@ def train_to_loss(
     Raises:
         ValueError: no models, seeds that are not one for each, or a setting out of range.
     """
-    if not models:
-        raise ValueError("models is empty; expected at least one")
-    seeds = [seeds] * len(models) if isinstance(seeds, int) else list(seeds)
-    if len(seeds) != len(models):
-        raise ValueError(f"seeds has {len(seeds)} entries; expected one for each of the {len(models)} models")
-    if max_steps < 1 or batch_size < 1 or not 0 <= memory < 1 or not 0 <= momentum < 1:
-        given = f"{max_steps}, {batch_size}, {memory} and {momentum}"
-        raise ValueError(f"max_steps, batch_size, memory and momentum are {given}; expected 1, 1 or more; 0 to below 1")
+    order = seeds_of(seeds, len(models)) if models else []
+    if max_steps < 1 or batch_size < 1 or not 0 <= memory < 1:
+        given = f"{max_steps}, {batch_size} and {memory}"
+        raise ValueError(
+            f"max_steps, batch_size and memory must be 1 or more, 1 or more, and 0 to below 1, got {given}"
+        )
     if list(watch_at) != sorted(set(watch_at)) or (watch_at and not 0 <= watch_at[0] <= watch_at[-1] <= max_steps):
-        raise ValueError(f"watch_at is {list(watch_at)}; expected ascending numbers of steps, from 0 to {max_steps}")
-    skeleton = copy.deepcopy(models[0])
-    whole = {name: value.detach() for name, value in stack_module_state(list(models))[0].items()}
-    shared = len(set(seeds)) == 1
-    gradient = vmap(
-        grad_and_value(lambda p, x, y: loss(functional_call(skeleton, p, (x,)), y)), (0, *[None if shared else 0] * 2)
-    )
-    generators = {seed: torch.Generator().manual_seed(seed) for seed in dict.fromkeys(seeds)}
+        raise ValueError(f"watch_at must be ascending numbers of steps, from 0 to {max_steps}, got {list(watch_at)}")
+    stack = Stack(models, rate, momentum=momentum)
+    shared = len(set(order)) == 1
+    generators = {seed: torch.Generator().manual_seed(seed) for seed in dict.fromkeys(order)}
+    whole = {name: value.clone() for name, value in stack.parameters.items()}
     device = next(iter(whole.values())).device
     alive = torch.arange(len(models), device=device)
-    part, velocity = dict(whole), {name: torch.zeros_like(value) for name, value in whole.items()}
-    losses = whole[next(iter(whole))].new_full((len(models), max_steps), torch.nan)
-    running, steps = None, torch.zeros(len(models), dtype=torch.long, device=device)
-    reached, watched = torch.zeros(len(models), dtype=torch.bool, device=device), []
+    losses, running, watched = [], None, []
+    steps = torch.zeros(len(models), dtype=torch.long, device=device)
+    reached = torch.zeros(len(models), dtype=torch.bool, device=device)
 
     def look(step: int) -> None:
         if watch and step in watch_at:
-            watched.append(watch(_written(whole, part, alive)))
+            watched.append(watch(_written(whole, stack.parameters, alive)))
 
     look(0)
     for step in range(max_steps):
-        drawn = {seed: torch.randint(len(x), (batch_size,), generator=g).to(device) for seed, g in generators.items()}
-        index = drawn[seeds[0]] if shared else torch.stack([drawn[seeds[k]] for k in alive.tolist()])
-        gradients, values = gradient(part, x[index], y[index])
-        rates = values.new_full((len(alive),), rate)
-        for name, value in part.items():
-            sweep_sgd_step(value, gradients[name], rates, velocity=velocity[name], momentum=momentum)
-        losses[alive, step] = values
+        drawn = {seed: torch.randint(len(x), (batch_size,), generator=g).to(x.device) for seed, g in generators.items()}
+        index = drawn[order[0]] if shared else torch.stack([drawn[order[k]] for k in alive.tolist()])
+        values = stack.step(lambda model, batch: loss(model(batch[0]), batch[1]), (x[index], y[index]), shared=shared)
+        losses.append(values.new_full((len(models),), torch.nan).index_copy(0, alive, values))
         steps[alive] += 1
         running = values if running is None else memory * running + (1 - memory) * values
         done = running < target
         going = ~done & values.isfinite()
         if not going.all():
-            whole = _written(whole, part, alive)
+            whole = _written(whole, stack.parameters, alive)
             reached[alive[done]] = True
+            stack.keep(going)
             alive, running = alive[going], running[going]
-            part, velocity = ({name: value[going] for name, value in held.items()} for held in (part, velocity))
         if not len(alive):
             for later in (n for n in watch_at if n > step):
                 look(later)
             break
         look(step + 1)
-    whole = _written(whole, part, alive)
-    with torch.no_grad():
-        for k, model in enumerate(models):
-            for name, parameter in model.named_parameters():
-                parameter.copy_(whole[name][k])
-    result = {"loss": losses[:, : int(steps.max())], "steps": steps, "reached": reached}
+    stack.write_back()
+    result = {"loss": torch.stack(losses, 1), "steps": steps, "reached": reached}
     return result | ({"watched": torch.stack(watched, 1)} if watched else {})
 
 

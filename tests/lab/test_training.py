@@ -1,5 +1,6 @@
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -150,15 +151,81 @@ def test_the_one_cycle_schedule_is_torchs():
 def test_bad_input_raises(blobs):
     models = [network(0)]
     groups = [[{"params": list(models[0].parameters()), "lr": 0.1}]]
-    with pytest.raises(ValueError, match="batch_size is 61"):
+    with pytest.raises(ValueError, match="batch_size must be from 1 to 60"):
         train_many(models, groups, blobs, epochs=1, batch_size=61)
-    with pytest.raises(ValueError, match="groups has 2"):
+    with pytest.raises(ValueError, match="groups must be one list for each of the 1 models, got 2"):
         train_many(models, groups * 2, blobs, epochs=1, batch_size=10)
-    with pytest.raises(ValueError, match=r"lacks the parameter '2.weight'"):
+    with pytest.raises(ValueError, match=r"requires a gradient, got none for '2.weight'"):
         train_many(models, [[{"params": list(models[0][0].parameters()), "lr": 0.1}]], blobs, epochs=1, batch_size=10)
-    with pytest.raises(ValueError, match="optimizer is 'lion'"):
+    with pytest.raises(ValueError, match="got 'lion'"):
         train_many(models, groups, blobs, epochs=1, batch_size=10, optimizer="lion")
-    with pytest.raises(ValueError, match="watch_every is 0"):
+    with pytest.raises(ValueError, match="watch_every must be at least 1, got 0"):
         train_many(models, groups, blobs, epochs=1, batch_size=10, watch_every=0)
-    with pytest.raises(ValueError, match="models is empty"):
+    with pytest.raises(ValueError, match="models must be at least one network"):
         train_many([], [], blobs, epochs=1, batch_size=10)
+    with pytest.raises(ValueError, match="epochs must be at least 0, got -1"):
+        train_many(models, groups, blobs, epochs=-1, batch_size=10)
+    with pytest.raises(ValueError, match="seeds must be one for each of the 1 models"):
+        train_many(models, groups, blobs, epochs=1, batch_size=10, seeds=[0, 1])
+    optimizer = torch.optim.SGD(models[0].parameters(), 0.1)
+    with pytest.raises(ValueError, match="batch_size must be from 1 to 60, .* got 0"):
+        train(models[0], blobs, optimizer, epochs=1, batch_size=0)
+    with pytest.raises(ValueError, match="epochs must be at least 0, got -1"):
+        train(models[0], blobs, optimizer, epochs=-1, batch_size=10)
+
+
+def test_no_epochs_test_the_networks_as_they_stand(blobs):
+    models = [network(0), network(1)]
+    together = train_many(models, 0.1, blobs, epochs=0, batch_size=10)
+    for k in range(2):
+        single = train(network(k), blobs, torch.optim.SGD(models[k].parameters(), 0.1), epochs=0, batch_size=10)
+        assert single["loss"].shape == (0,) and together["loss"].shape == (2, 0)
+        assert together["accuracy"][k] == single["accuracy"]
+        torch.testing.assert_close(together["test_loss"][k], single["test_loss"])
+
+
+@pytest.mark.parametrize("seed", [np.int64(3), torch.tensor(3)])
+def test_seeds_of_any_integer_type(blobs, seed):
+    losses = []
+    for own in (3, seed, [seed, seed]):
+        losses.append(train_many([network(0), network(1)], 0.1, blobs, epochs=1, batch_size=20, seeds=own)["loss"])
+        model = network(0)
+        alone = train(model, blobs, torch.optim.SGD(model.parameters(), 0.1), epochs=1, batch_size=20, seed=seed)
+        torch.testing.assert_close(losses[-1][0], alone["loss"])
+    torch.testing.assert_close(losses[0], losses[1])
+    torch.testing.assert_close(losses[0], losses[2])
+
+
+@pytest.mark.parametrize("targets", ["numbers", "yes or no", "one number for two"])
+def test_there_is_no_accuracy_without_classes(blobs, targets):
+    y = {"numbers": blobs.x_train[:, :1], "yes or no": (blobs.y_train == 0).float()[:, None]}
+    y = y.get(targets, blobs.y_train[:, None].double().float())
+    data = Split(blobs.x_train, y, blobs.x_train, y.long() if targets == "one number for two" else y)
+    loss = {"loss": lambda out, y: nn.functional.mse_loss(out, y.float()), "epochs": 1, "batch_size": 20}
+    model = nn.Linear(5, 1)
+    assert set(train(model, data, torch.optim.SGD(model.parameters(), 0.01), **loss)) == {"loss", "test_loss"}
+    assert set(train_many([model], 0.01, data, **loss)) == {"loss", "test_loss"}
+
+
+def test_an_interrupted_call_gives_back_rates_and_modes(blobs):
+    model = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8).eval(), nn.Linear(8, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    calls = []
+
+    def loss(outputs, targets):
+        calls.append(outputs.shape)
+        if len(calls) == 3 or len(outputs) == 30:  # within the steps, then in the test at the end
+            raise KeyboardInterrupt
+        return nn.functional.cross_entropy(outputs, targets)
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            train(model, blobs, optimizer, epochs=2, batch_size=20, schedule=one_cycle, loss=loss)
+        assert optimizer.param_groups[0]["lr"] == 0.1
+        assert [part.training for part in model] == [True, False, True] and model.training
+    assert len(calls) > 6
+    start = network(0)
+    models, calls[:] = [network(0), network(1)], []
+    with pytest.raises(KeyboardInterrupt):
+        train_many(models, 0.1, blobs, epochs=2, batch_size=20, loss=loss)
+    assert not torch.equal(models[0][0].weight, start[0].weight)  # where it got to

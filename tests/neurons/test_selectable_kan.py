@@ -116,6 +116,27 @@ def test_deeper_models_are_pruned_in_every_layer():
     assert model[0].mask.sum(1).tolist() == [2, 2] and model[2].mask.sum(1).tolist() == [2, 2, 2]
 
 
+class Twice(nn.Module):
+    """A network that uses one layer, and its mask, in two places."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = SelectableKANLinear(2, 2)
+        self.second = self.first
+
+    def forward(self, x):
+        return self.second(self.first(x).tanh())
+
+
+def test_a_layer_used_twice_is_trained_and_pruned_once():
+    x, y = data([lambda a, b: a * b, lambda a, b: a + b])
+    models = [Twice(), Twice()]
+    result = train_skan(models, x, y.expand(-1, -1, 2), steps=20)
+    assert {name: s.shape for name, s in result["scores"].items()} == {"first": (2, 2, 5)}
+    for model in models:
+        assert model.second is model.first and model.first.mask.sum(1).tolist() == [1, 1]
+
+
 def test_keeping_the_whole_pool_prunes_nothing():
     x, y = data([lambda a, b: a + b])
     model = SelectableKANLinear(2, 1)
@@ -146,7 +167,7 @@ X, Y = torch.zeros(1, 4, 2), torch.zeros(1, 4, 1)
         (lambda: SelectableKANLinear(2, 1).prune(torch.zeros(2, 5), 0), "keep is 0"),
         (lambda: SelectableKANLinear(2, 1).prune(torch.zeros(2, 5), 6), "from 1 to 5"),
         (lambda: SelectableKANLinear(2, 1).prune(torch.zeros(3, 5), 1), "scores has shape"),
-        (lambda: train_skan([], X, Y, steps=10), "models is empty"),
+        (lambda: train_skan([], X, Y, steps=10), "models must be at least one"),
         (lambda: train_skan([nn.Linear(2, 1)], X, Y, steps=10), "no SelectableKANLinear"),
         (lambda: train_skan([SelectableKANLinear(2, 1)], X, Y, steps=10, keep=6), "keep is 6"),
         (lambda: train_skan([SelectableKANLinear(2, 1)], X, Y, steps=10, stages=(0.5, 0.5, 0.5)), "stages is"),

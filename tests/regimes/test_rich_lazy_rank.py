@@ -163,9 +163,9 @@ def test_a_network_that_diverges_stops_alone():
 def test_training_errors():
     x, y = task()
     settings = {"rate": 0.1, "target": 0.3, "max_steps": 10}
-    with pytest.raises(ValueError, match="models is empty"):
+    with pytest.raises(ValueError, match="models must be at least one"):
         train_to_loss([], x, y, **settings)
-    with pytest.raises(ValueError, match="seeds has 1 entries"):
+    with pytest.raises(ValueError, match="seeds must be one for each of the 2 models"):
         train_to_loss(networks(2), x, y, seeds=[0], **settings)
     with pytest.raises(ValueError, match="momentum"):
         train_to_loss(networks(1), x, y, momentum=1.0, **settings)
