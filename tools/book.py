@@ -131,7 +131,7 @@ def chapter(name: str) -> bool:
     clean = not report(execute(notebooks))
     source = stage()
     shutil.copytree(source, ONE / "source", dirs_exist_ok=True)
-    contents = f"format: jb-book\nroot: {path.with_suffix('').as_posix()}\n"
+    contents = f"format: jb-book\nroot: {path.with_suffix('').as_posix()}\nchapters:\n  - file: book/bibliography\n"
     (ONE / "source" / "_toc.yml").write_text(contents, encoding="utf-8")
     built = jupyter_book(ONE / "source", ONE, "--quiet")
     page = ONE / "_build" / "html" / path.with_suffix(".html")

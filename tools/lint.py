@@ -83,8 +83,10 @@ def check_chapters(fix: bool) -> bool:
             nbformat.write(notebook, Path(folder, f"{number}.ipynb"))
         if not files:
             return True
-        config = ["--config", str(ROOT / "pyproject.toml"), "--no-cache", folder]
+        config = ["--config", str(ROOT / "pyproject.toml"), "--line-length", str(WIDTH), "--no-cache", folder]
         fixing = ["--fix"] if fix else []
+        if fix:
+            ruff("format", *config)
         for item in json.loads(ruff("check", "--output-format=json", *fixing, *config).stdout):
             path = files[Path(item["filename"]).name]
             start = cells(path.read_text(encoding="utf-8").splitlines())[item["cell"] - 1][0]
@@ -118,9 +120,10 @@ def main(arguments: list[str]) -> int:
     )
     for run in runs:
         print((run.stdout + run.stderr).strip())
+    clean = check_chapters(fix)
     wrong = [*too_large(), *chapters.misfits()]
     print(*wrong, sep="\n")
-    return 0 if check_chapters(fix) and not wrong and not any(run.returncode for run in runs) else 1
+    return 0 if clean and not wrong and not any(run.returncode for run in runs) else 1
 
 
 if __name__ == "__main__":
