@@ -3,6 +3,12 @@
 from .initialisation import aligned_init as aligned_init
 from .initialisation import effective_rank as effective_rank
 from .initialisation import low_rank_init as low_rank_init
+from .representational_geometry import DichotomyTask as DichotomyTask
+from .representational_geometry import ccgp as ccgp
+from .representational_geometry import dichotomy_task as dichotomy_task
+from .representational_geometry import label_axis_share as label_axis_share
+from .representational_geometry import linear_cka as linear_cka
+from .representational_geometry import parallelism_score as parallelism_score
 from .rich_lazy_rank import LinearRankTheory as LinearRankTheory
 from .rich_lazy_rank import ReluRNN as ReluRNN
 from .rich_lazy_rank import linear_rank_theory as linear_rank_theory
