@@ -1,7 +1,6 @@
 """Every learning rate with every seed in one pass, and the best rate chosen on data that is not the test set."""
 
-import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 
 from polylib.lab.data import Split
 from polylib.lab.stacked_call import evaluating
-from polylib.lab.training import scores, train_many
+from polylib.lab.training import scores, seeds_of, train_many
 
 
 class Found(NamedTuple):
@@ -64,32 +63,32 @@ def search(
         ValueError: no rates, no seeds, a fraction that leaves one of the parts empty, `validation_seeds` without a
             `Split`, or no rate at which all networks end with a finite loss where the loss decides.
     """
-    rates, seeds = list(learning_rates), list(seeds) if isinstance(seeds, Iterable) else [seeds]
+    rates = list(learning_rates)
+    seeds = seeds_of(seeds)
     if not rates or not seeds:
         name = "learning_rates" if not rates else "seeds"
         raise ValueError(f"{name} must be at least one, got an empty list")
-    another = isinstance(validation, Split)
-    if validation_seeds is not None and not another:
+    if validation_seeds is not None and not isinstance(validation, Split):
         raise ValueError("validation_seeds must come with another draw of the data as validation, got none")
 
     def attempt(rates: Sequence[Any], seeds: Sequence[int], data: Split) -> tuple[list[nn.Module], dict[str, Tensor]]:
         models, own = [], []
         for rate in rates:
             for seed in seeds:
-                torch.manual_seed(operator.index(seed))
+                torch.manual_seed(seed)
                 models.append(make(seed))
                 own.append(groups(models[-1], rate) if groups else [{"params": models[-1].parameters(), "lr": rate}])
         orders = list(seeds) * len(rates)
         result = train_many(models, own, data, seeds=orders, loss=loss, weight_decay=weight_decay, **settings)
         return models, result
 
-    tuning = validation if another else _with_validation(data, validation)
-    trial = list(validation_seeds or seeds) if another else seeds
+    tuning = validation if isinstance(validation, Split) else _with_validation(data, validation)
+    trial = seeds if validation_seeds is None else seeds_of(validation_seeds)
     models, result = attempt(rates, trial, tuning)
     by_loss = "accuracy" not in result
     table = result["test_loss" if by_loss else "accuracy"].view(len(rates), len(trial))
     best = _choose(table, by_loss)
-    if another:
+    if isinstance(validation, Split):
         models, result = attempt([rates[best]], seeds, data)
     else:
         chosen = slice(best * len(seeds), (best + 1) * len(seeds))

@@ -1,12 +1,12 @@
 """Many networks of one architecture, trained as one: parameters stacked along a first axis, losses mapped over it."""
 
-import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from polylib._checks import choice, integer
 from polylib.lab.progress_bar import progress
 from polylib.lab.same_architecture import check_same_architecture
 from polylib.lab.schedules import Schedule, constant
@@ -61,12 +61,10 @@ class Stack:
         weight_decay: float | Sequence[float] | Tensor = 0.0,
     ) -> None:
         check_same_architecture(models)
-        if not callable(optimizer) and optimizer not in OPTIMIZERS:
-            raise ValueError(f"optimizer must be one of {sorted(OPTIMIZERS)} or a function, got {optimizer!r}")
         self.models = list(models)
         usual = {"weight_decay": weight_decay, "momentum": momentum, "betas": betas, "eps": epsilon}
         settings = settings_of(models, groups, usual)
-        self._update = optimizer if callable(optimizer) else OPTIMIZERS[optimizer]
+        self._update = optimizer if callable(optimizer) else OPTIMIZERS[choice("optimizer", optimizer, OPTIMIZERS)]
         self._clip = None if clip is None else torch.tensor(per_network("clip", clip, len(models)))
         self._call = StackedCall(models[0])
         seen = [dict(model.named_parameters()) for model in models]
@@ -80,9 +78,8 @@ class Stack:
             alike.setdefault((held[name].dtype, held[name].device, *own), []).append(name)
         self._blocks = []
         for names in alike.values():
-            rows = [held[name].flatten(1) if held[name].dim() > 1 else held[name][:, None] for name in names]
-            widths = [row.shape[1] for row in rows]
-            self._blocks.append(Block(names, widths, torch.cat(rows, 1), settings[names[0]]))
+            widths = [held[name][0].numel() for name in names]
+            self._blocks.append(Block(names, widths, _side_by_side([held[n] for n in names]), settings[names[0]]))
         self._refresh()
 
     def __len__(self) -> int:
@@ -153,12 +150,11 @@ class Stack:
         Returns:
             `loss`, `(K, steps)`; with `watch`, `watched`, `(K, 1 + steps // watch_every, ...)`.
         """
-        if operator.index(watch_every) < 1:
-            raise ValueError(f"watch_every must be at least 1, got {watch_every}")
-        steps = len(batches) if steps is None else steps  # type: ignore[arg-type]
+        watch_every = integer("watch_every", watch_every, 1)
+        total = len(batches) if steps is None else steps  # type: ignore[arg-type]
         losses, watched = [], [watch(self.parameters)] if watch else []
-        for step, batch in enumerate(progress(batches, f"training {len(self)} networks", steps)):
-            losses.append(self.step(loss, batch, shared=shared, factor=schedule(step / steps)))
+        for step, batch in enumerate(progress(batches, f"training {len(self)} networks", total)):
+            losses.append(self.step(loss, batch, shared=shared, factor=schedule(step / total)))
             if watch and (step + 1) % watch_every == 0:
                 watched.append(watch(self.parameters))
         curve = torch.stack(losses, 1) if losses else self._blocks[0].rate.new_zeros(len(self), 0)
@@ -209,7 +205,7 @@ class Stack:
                 self._blocks += [block.part(used), block.part([name for name in block.names if name not in used])]
                 self._refresh()
         moved = [block for block in self._blocks if gradients[block.names[0]] is not None]
-        flat = [torch.cat([gradients[name].reshape(len(self), -1) for name in block.names], 1) for block in moved]
+        flat = [_side_by_side([gradients[name] for name in block.names]) for block in moved]
         scale = None
         if self._clip is not None:
             norms = torch.stack([torch.linalg.vector_norm(part, dim=1) for part in flat])
@@ -220,4 +216,10 @@ class Stack:
 
     def _refresh(self) -> None:
         views = {name: view for block in self._blocks for name, view in block.views(self._shapes).items()}
-        self.parameters = {name: views.get(name, self._frozen.get(name)) for name in self._shapes}
+        every = self._frozen | views
+        self.parameters: dict[str, Tensor] = {name: every[name] for name in self._shapes}
+
+
+def _side_by_side(tensors: Sequence[Tensor | None]) -> Tensor:
+    """Stacked tensors, each `(K, ...)`, as `(K, entries)`."""
+    return torch.cat([tensor.unsqueeze(-1).flatten(1) for tensor in tensors if tensor is not None], 1)

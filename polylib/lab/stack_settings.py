@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from polylib._checks import number
+
 Groups = Sequence[Sequence[dict[str, Any]]] | Sequence[float] | Tensor | float
 
 # Settings of torch's optimizers that would change the training and are not offered here.
@@ -40,9 +42,8 @@ def settings_of(models: Sequence[nn.Module], groups: Groups, defaults: dict[str,
             if not parameter.requires_grad:
                 continue
             if id(parameter) not in group_of:
-                raise ValueError(
-                    f"groups[{k}] must hold every parameter of models[{k}] that requires a gradient, got none for {name!r}"
-                )
+                wanted = f"every parameter of models[{k}] that requires a gradient"
+                raise ValueError(f"groups[{k}] must hold {wanted}, got none for {name!r}")
             own = usual[k] | ({} if rates is None else {"lr": rates[k]}) | group_of[id(parameter)]
             if "lr" not in own:
                 raise ValueError(f"groups must say 'lr', got none in groups[{k}] for {name!r}")
@@ -69,25 +70,25 @@ def _settings(own: dict[str, Any], k: int) -> Settings:
     for option in _NOT_OFFERED:
         if own.get(option):
             raise ValueError(f"groups must not set {option!r}, got {own[option]!r} in groups[{k}]")
-    first, second = (_number("betas", beta, below=1) for beta in own["betas"])
+    first, second = (number("betas", beta, least=0, below=1) for beta in own["betas"])
     return Settings(
-        _number("lr", own["lr"]),
-        _number("weight_decay", own["weight_decay"]),
-        _number("momentum", own["momentum"], below=1),
+        number("lr", own["lr"], least=0),
+        number("weight_decay", own["weight_decay"], least=0),
+        number("momentum", own["momentum"], least=0, below=1),
         (first, second),
-        _number("eps", own["eps"]),
+        number("eps", own["eps"], least=0),
     )
 
 
 def _as_lists(models: Sequence[nn.Module], groups: Groups) -> tuple[list, list[float] | None]:
     """The groups of each model, and the rates if `groups` is nothing but rates."""
     count = len(models)
-    if torch.is_tensor(groups) or not hasattr(groups, "__len__") or not all(hasattr(own, "__len__") for own in groups):
-        every = [[{"params": [p for p in model.parameters() if p.requires_grad]}] for model in models]
-        return every, per_network("groups", groups, count)
-    if len(groups) != count:
-        raise ValueError(f"groups must be one list for each of the {count} models, got {len(groups)}")
-    return [list(own) for own in groups], None
+    if isinstance(groups, (list, tuple)) and all(isinstance(own, (list, tuple)) for own in groups):
+        if len(groups) != count:
+            raise ValueError(f"groups must be one list for each of the {count} models, got {len(groups)}")
+        return [list(own) for own in groups], None
+    every = [[{"params": [p for p in model.parameters() if p.requires_grad]}] for model in models]
+    return every, per_network("groups", groups, count)
 
 
 def _listed(params: Any) -> list[Tensor]:
@@ -102,11 +103,3 @@ def per_network(name: str, value: Any, count: int) -> list[float]:
     if len(many) not in (1, count):
         raise ValueError(f"{name} must be one number or one for each of the {count} models, got {len(many)}")
     return many * count if len(many) == 1 else many
-
-
-def _number(name: str, value: Any, below: float = float("inf")) -> float:
-    number = float(value)
-    if not 0 <= number < below:
-        limit = "" if below == float("inf") else f" and below {below}"
-        raise ValueError(f"{name} must be at least 0{limit}, got {number}")
-    return number

@@ -23,10 +23,10 @@ class Block:
 
     def __post_init__(self) -> None:
         # Of float32 at least: half precision would round a learning rate to three digits.
-        like = {"dtype": torch.promote_types(self.value.dtype, torch.float32), "device": self.value.device}
-        self.rate = torch.tensor([own.lr for own in self.settings], **like)
+        dtype, device = torch.promote_types(self.value.dtype, torch.float32), self.value.device
+        self.rate = torch.tensor([own.lr for own in self.settings], dtype=dtype, device=device)
         decays = [own.weight_decay for own in self.settings]
-        self.decay = torch.tensor(decays, **like) if any(decays) else None
+        self.decay = torch.tensor(decays, dtype=dtype, device=device) if any(decays) else None
 
     def part(self, names: Sequence[str]) -> "Block":
         """Some of the parameters, with their state."""
@@ -65,8 +65,10 @@ def sgd(block: Block, gradient: Tensor, factor: float | Tensor, scale: Tensor | 
         block.state["velocity"] = torch.zeros_like(block.value)
 
     def take(part: Block, own: Settings, gradient: Tensor, rate: Tensor, scale: Tensor | None) -> None:
-        beside = {"velocity": part.state.get("velocity"), "momentum": own.momentum}
-        sweep_sgd_step(part.value, gradient, rate, decay=part.decay, scale=scale, **beside)
+        velocity = part.state.get("velocity")
+        sweep_sgd_step(
+            part.value, gradient, rate, velocity=velocity, momentum=own.momentum, decay=part.decay, scale=scale
+        )
 
     _by_setting(block, lambda own: own.momentum, take, gradient, factor, scale)
 
@@ -78,8 +80,18 @@ def adamw(block: Block, gradient: Tensor, factor: float | Tensor, scale: Tensor 
     block.steps += 1
 
     def take(part: Block, own: Settings, gradient: Tensor, rate: Tensor, scale: Tensor | None) -> None:
-        options = {"step": block.steps, "betas": own.betas, "epsilon": own.eps, "decay": part.decay, "scale": scale}
-        sweep_adam_step(part.value, gradient, part.state["first"], part.state["second"], rate, **options)
+        sweep_adam_step(
+            part.value,
+            gradient,
+            part.state["first"],
+            part.state["second"],
+            rate,
+            step=block.steps,
+            betas=own.betas,
+            epsilon=own.eps,
+            decay=part.decay,
+            scale=scale,
+        )
 
     _by_setting(block, lambda own: (own.betas, own.eps), take, gradient, factor, scale)
 
@@ -104,7 +116,7 @@ def _by_setting(
     factor: float | Tensor,
     scale: Tensor | None,
 ) -> None:
-    """Take the step at once where the networks agree on what the kernels have one number for, else by groups of them."""
+    """Take the step at once if the networks agree on what the kernels have one number for, else by groups of them."""
     rate = block.rate * factor
     alike: dict[object, list[int]] = {}
     for k, own in enumerate(block.settings):

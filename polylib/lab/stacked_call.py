@@ -48,7 +48,7 @@ class StackedCall(nn.Module):
         networks = len(next(iter(tensors.values())))
         if isinstance(shared, bool):
             _check_rows(networks, None if shared else batch)
-            places = None if shared or batch is None else 0
+            places: int | tuple[int | None, ...] | None = None if shared or batch is None else 0
         else:
             if not isinstance(batch, tuple) or len(batch) != len(shared):
                 raise ValueError(f"shared must be one value, or one for each entry of a tuple, got {shared}")

@@ -1,13 +1,13 @@
 """Training loops for small networks: one at a time, written to be read, and many at once, for sweeps."""
 
-import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from polylib._checks import integer
 from polylib.lab.data import Split
 from polylib.lab.progress_bar import progress
 from polylib.lab.schedules import Schedule, constant
@@ -24,11 +24,9 @@ def batches(samples: int, batch_size: int, epochs: int, seed: int) -> Iterator[T
     Raises:
         ValueError: at the call, for `batch_size` outside 1 to `samples` or `epochs` below 0.
     """
-    if not 1 <= operator.index(batch_size) <= samples:
-        raise ValueError(f"batch_size must be from 1 to {samples}, the number of training samples, got {batch_size}")
-    if operator.index(epochs) < 0:
-        raise ValueError(f"epochs must be at least 0, got {epochs}")
-    generator = torch.Generator().manual_seed(operator.index(seed))
+    batch_size = integer("batch_size", batch_size, 1, samples)
+    epochs = integer("epochs", epochs, 0)
+    generator = torch.Generator().manual_seed(integer("seed", seed))
     whole = samples - samples % batch_size
 
     def draw() -> Iterator[Tensor]:
@@ -54,8 +52,8 @@ def train(
     Args:
         model: maps inputs `(batch, features)` to logits `(batch, classes)`.
         optimizer: any torch optimizer over the parameters of `model`; each group's learning rate is multiplied by
-            `schedule(fraction of the training that is over)`. An interrupted call, too, leaves the rates and the mode of
-            the model as it found them.
+            `schedule(fraction of the training that is over)`. An interrupted call, too, leaves the rates and the mode
+            of the model as it found them.
         epochs: passes over the training part; after none the network is tested as it stands.
         seed: of the order of the mini-batches.
 
@@ -128,16 +126,20 @@ def train_many(
     """
     stack = Stack(models, groups, **options)
     orders = seeds_of(seeds, len(models))
+    if len(orders) != len(models):
+        raise ValueError(f"seeds must be one for each of the {len(models)} models or one for all, got {len(orders)}")
     alike = len(set(orders)) == 1  # one order for all models: the inputs need no copy for each of them
     drawn = [batches(len(data.x_train), batch_size, epochs, seed) for seed in (orders[:1] if alike else orders)]
     indices = (each[0] if alike else torch.stack(each) for each in zip(*drawn, strict=True))
-    own = {"schedule": schedule, "watch": watch, "watch_every": watch_every, "shared": alike}
     try:
         result = stack.fit(
             lambda model, batch: loss(model(batch[0]), batch[1]),
             ((data.x_train[index], data.y_train[index]) for index in indices),
             steps=epochs * (len(data.x_train) // batch_size),
-            **own,
+            shared=alike,
+            schedule=schedule,
+            watch=watch,
+            watch_every=watch_every,
         )
         test = stack.evaluate(lambda model, x: model(x), data.x_test, shared=True)
     finally:  # an interrupted call leaves the models where they got to, as `train` does
@@ -146,12 +148,8 @@ def train_many(
     return result | {name: torch.stack([one[name] for one in each]) for name in each[0]}
 
 
-def seeds_of(seeds: Sequence[int] | int, count: int) -> list[int]:
-    """One seed for each of `count` models, from one for all or one for each; any integer type will do."""
-    try:
-        return [operator.index(seeds)] * count  # type: ignore[arg-type]
-    except TypeError:
-        found = [operator.index(seed) for seed in seeds]  # type: ignore[union-attr]
-    if len(found) != count:
-        raise ValueError(f"seeds must be one for each of the {count} models or one for all, got {len(found)}")
-    return found
+def seeds_of(seeds: Iterable[int] | int, count: int = 1) -> list[int]:
+    """Seeds as Python's integers, from several of any integer type, or `count` times one."""
+    if isinstance(seeds, Iterable) and getattr(seeds, "ndim", 1) > 0:  # a tensor without axes is one number
+        return [integer("seeds", seed) for seed in seeds]
+    return [integer("seeds", seeds)] * count

@@ -200,9 +200,6 @@ def train_skan(
         penalty = sum(ridge * part.coefficients.square().sum() + l1 * part.select.abs().sum() for part in parts)
         return mse + penalty, mse
 
-    def error(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        return F.mse_loss(model(batch[0]), batch[1])
-
     losses, scores = [], {}
     for first, last in ((0, prune), (prune, steps)):
         stack = Stack(models, lr, optimizer="adam")
@@ -211,18 +208,25 @@ def train_skan(
             stage = partial(objective, l1 if shrink <= step < prune else 0.0)
             losses.append(stack.step(stage, (x, y), factor=factor)[1])
         if first == 0:
-            masks = stack.buffers
-            for layer, prefix in zip(layers, prefixes, strict=True):
-
-                def loss(mask: Tensor, key: str = f"{prefix}mask") -> Tensor:
-                    stack.buffers = masks | {key: mask}
-                    return stack.evaluate(error, (x, y))
-
-                scores[layer] = _scores(masks[f"{prefix}mask"], loss)
+            masks = dict(stack.buffers)
+            scores = {
+                layer: _scores(masks[f"{prefix}mask"], partial(_errors, stack, (x, y), f"{prefix}mask"))
+                for layer, prefix in zip(layers, prefixes, strict=True)
+            }
             chosen = {f"{p}mask": _best(scores[layer], keep).to(x) for layer, p in zip(layers, prefixes, strict=True)}
             stack.buffers = masks | chosen
         stack.write_back()
     return {"loss": torch.stack(losses, 1), "scores": scores}
+
+
+def _errors(stack: Stack, batch: tuple[Tensor, Tensor], key: str, mask: Tensor) -> Tensor:
+    """The mean square error of every network with another mask in the place of one of its own."""
+    own = stack.buffers
+    stack.buffers = own | {key: mask}
+    try:
+        return stack.evaluate(lambda model, batch: F.mse_loss(model(batch[0]), batch[1]), batch)
+    finally:
+        stack.buffers = own
 
 
 def _scores(mask: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:

@@ -134,7 +134,9 @@ def train_to_loss(
     Raises:
         ValueError: no models, seeds that are not one for each, or a setting out of range.
     """
-    order = seeds_of(seeds, len(models)) if models else []
+    order = seeds_of(seeds, len(models))
+    if len(order) != len(models):
+        raise ValueError(f"seeds must be one for each of the {len(models)} models or one for all, got {len(order)}")
     if max_steps < 1 or batch_size < 1 or not 0 <= memory < 1:
         given = f"{max_steps}, {batch_size} and {memory}"
         raise ValueError(

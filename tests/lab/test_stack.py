@@ -243,9 +243,12 @@ def test_settings_of_each_network_as_numbers_arrays_and_tensors():
 def test_learning_rates_of_any_number_type(rate):
     models, others = networks(2), networks(2)
     batch = (draw(8, 3), draw(8, 2))
+    plain = Stack(networks(2), [rate, rate])
+    plain.step(squared, batch, shared=True)
     for stack in (Stack(models, rates(models, [rate, rate])), Stack(others, rates(others, [float(rate)] * 2))):
         stack.step(squared, batch, shared=True)
         stack.write_back()
+        torch.testing.assert_close(plain.parameters, stack.parameters)
     assert_same(models, others)
 
 
@@ -414,9 +417,9 @@ PARAMETERS = list(SAME.parameters())
         ([[{"params": PARAMETERS * 2, "lr": 0.1}]], {}, "once"),
         ([[{"params": [*PARAMETERS, LINEAR.weight], "lr": 0.1}]], {}, "none of them"),
         ([[{"params": PARAMETERS}]], {}, "must say 'lr'"),
-        ([[{"params": PARAMETERS, "lr": -0.1}]], {}, "lr must be at least 0, got -0.1"),
+        ([[{"params": PARAMETERS, "lr": -0.1}]], {}, "lr must be a finite number of at least 0, got -0.1"),
         ([[{"params": PARAMETERS, "lr": 0.1, "nesterov": True}]], {}, "must not set 'nesterov'"),
-        (0.1, {"momentum": 1.0}, "momentum must be at least 0 and below 1, got 1.0"),
+        (0.1, {"momentum": 1.0}, "momentum must be a finite number of at least 0 and below 1, got 1.0"),
         (0.1, {"optimizer": "lion"}, "got 'lion'"),
         (float("nan"), {}, "lr must be"),
     ],
