@@ -47,6 +47,7 @@ from polylib.kernels._common import (
     on_device,
     tl,
     triton,
+    widened,
 )
 from polylib.kernels._cost import Cost
 
@@ -59,11 +60,12 @@ def evonorm_s0_reference(x: Tensor, weight: Tensor, bias: Tensor, v: Tensor, gro
     x (N, C, H, W), weight, bias and v (C,). Any floating dtype and device; differentiable any number of times; works
     under `torch.func`.
     """
-    grouped = x.unflatten(1, (groups, -1))
+    wide, weight, bias, v = (widened(t) for t in (x, weight, bias, v))
+    grouped = wide.unflatten(1, (groups, -1))
     std = (grouped.var((2, 3, 4), correction=0, keepdim=True) + eps).sqrt()
     weight, bias, v = (t.view(-1, 1, 1) for t in (weight, bias, v))
-    gated = x * torch.sigmoid(v * x)
-    return (gated.unflatten(1, (groups, -1)) / std).flatten(1, 2) * weight + bias
+    gated = wide * torch.sigmoid(v * wide)
+    return ((gated.unflatten(1, (groups, -1)) / std).flatten(1, 2) * weight + bias).to(x.dtype)
 
 
 # --- the kernels ------------------------------------------------------------------------------------------------------

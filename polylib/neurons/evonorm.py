@@ -4,10 +4,14 @@ H. Liu, A. Brock, K. Simonyan and Q. V. Le, "Evolving Normalization-Activation L
 The search that found the layers is in `evonorm_search`.
 """
 
+from collections.abc import Callable
+from typing import Self
+
 import torch
 from torch import Tensor, nn
 
 from polylib.kernels import evonorm_s0
+from polylib.kernels._common import widened
 
 VARIANTS = ("B0", "B1", "B2", "S0", "S1", "S2")
 
@@ -44,7 +48,8 @@ class EvoNorm2d(nn.Module):
             keeps the biased one.
         apply_act: if false, only x weight + bias: what the authors put where a network normalises without activation.
 
-    Parameters: `weight` (1), `bias` (0) and, for B0 and S0, `v` (1), all (C,). Buffer of the B layers: `running_var`.
+    Parameters: `weight` (1), `bias` (0) and, for B0 and S0, `v` (1), all (C,). Buffer of the B layers:
+    `running_var`, which stays in float32 when the layer is cast to half precision; there all is computed in float32.
 
     Raises:
         ValueError: an unknown variant, a size below 1, groups that do not divide C, eps or momentum out of range, an
@@ -85,11 +90,23 @@ class EvoNorm2d(nn.Module):
             raise ValueError(f"x has shape {tuple(x.shape)}; expected (N, {self.num_features}, H, W)")
         if x.dtype != self.weight.dtype and not torch.is_autocast_enabled(x.device.type):
             raise TypeError(f"x is {x.dtype}; expected {self.weight.dtype}, as the parameters")
+        if x.numel() == 0:  # the variance of nothing is no number; the parameters get gradients of zero
+            scale = self.weight if self.v is None else self.weight * self.v
+            return (x * scale.view(-1, 1, 1) + self.bias.view(-1, 1, 1)).to(x.dtype)
         if self.apply_act and self.variant == "S0":
             return evonorm_s0(x, self.weight, self.bias, self.v, self.groups, self.eps)
+        y = widened(x)  # the square of 300 is no float16
         if self.apply_act:
-            x = x / self._batch_denominator(x) if self.variant[0] == "B" else self._gated(x)
-        return x * self.weight.view(-1, 1, 1) + self.bias.view(-1, 1, 1)
+            y = y / self._batch_denominator(y) if self.variant[0] == "B" else self._gated(y)
+        return (y * self.weight.view(-1, 1, 1) + self.bias.view(-1, 1, 1)).to(x.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """As in `Module`, but half precision, which can't hold the variance of inputs of 300, leaves `running_var`."""
+        before = self.running_var
+        super()._apply(fn, recurse)
+        if before is not None and widened(self.running_var) is not self.running_var:
+            self.running_var = before.to(self.running_var.device)
+        return self
 
     def _gated(self, x: Tensor) -> Tensor:
         """S1 and S2 without their affine part."""
@@ -113,9 +130,9 @@ class EvoNorm2d(nn.Module):
         return torch.maximum(batch, instance)
 
     def _batch_variance(self, x: Tensor) -> Tensor:
+        count = x.numel() // self.num_features
         if not self.training:
             return self.running_var
-        count = x.numel() // self.num_features
         if count == 1:
             raise ValueError(f"x has shape {tuple(x.shape)}; expected more than one value a channel in training")
         variance = x.var((0, 2, 3), correction=0)

@@ -185,7 +185,11 @@ class GRKANLinear(nn.Module):
     def reset_parameters(self, init: str = "swish") -> None:
         """Set the activation to a known function, and draw the weights with the variance that belongs to it."""
         self.activation.reset_parameters(init)
-        gain = self.activation.gain()[0].item()  # at the start all groups are the same function
+        numerator, denominator = (
+            torch.tensor([values or (0.0,)], dtype=torch.float64, device="cpu")  # parameters on "meta" have no values
+            for values in START[init][self.activation.variant]
+        )
+        gain = rational_gain(numerator, denominator, self.activation.variant).item()
         nn.init.normal_(self.weight, std=math.sqrt(gain / self.in_features))
         if self.bias is not None:
             nn.init.zeros_(self.bias)

@@ -210,3 +210,29 @@ def test_state_dict_compile_and_channels_last():
 def test_bad_input_raises(make, error, words):
     with pytest.raises(error, match=words):
         make()
+
+
+@pytest.mark.parametrize("variant", S + B)
+def test_half_precision_is_computed_in_float32(variant):
+    torch.manual_seed(0)
+    x = (300 * torch.randn(4, 8, 6, 6)).half()
+    layer, half = EvoNorm2d(8, variant, groups=4), EvoNorm2d(8, variant, groups=4).half()
+    expected = layer(x.float())
+    torch.testing.assert_close(half(x).float(), expected, rtol=2e-3, atol=2e-3)
+    if layer.running_var is not None:
+        assert half.running_var.dtype is torch.float32 and half.weight.dtype is torch.float16
+        torch.testing.assert_close(half.running_var, layer.running_var)
+        torch.testing.assert_close(half.eval()(x).float(), layer.eval()(x.float()), rtol=2e-3, atol=2e-3)
+        assert half.double().running_var.dtype is torch.float64
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("variant", S + B)
+def test_an_empty_batch_gives_an_empty_batch_and_leaves_the_statistics(variant):
+    layer = EvoNorm2d(8, variant, groups=4)
+    out = layer(torch.randn(0, 8, 6, 6))
+    assert out.shape == (0, 8, 6, 6)
+    out.sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in layer.parameters())
+    if layer.running_var is not None:
+        assert torch.equal(layer.running_var, torch.ones(8))
