@@ -48,10 +48,13 @@ def number(
     inside = inside and (least is None or real >= least) and (most is None or real <= most)
     if not math.isfinite(real) or not inside:
         words = [f"above {above:g}"] if above is not None else []
-        words += [f"of at least {least:g}"] if least is not None else []
         words += [f"below {below:g}"] if below is not None else []
-        words += [f"of at most {most:g}"] if most is not None else []
-        raise ValueError(f"{name} must be a finite number{' ' * bool(words)}{' and '.join(words)}, got {value!r}")
+        if least is not None and most is not None:
+            words.append(f"from {least:g} to {most:g}")
+        else:
+            words += [f"at least {least:g}"] if least is not None else []
+            words += [f"at most {most:g}"] if most is not None else []
+        raise ValueError(f"{name} must be a finite number{' ' * bool(words)}{', '.join(words)}, got {value!r}")
     return real
 
 
@@ -73,7 +76,7 @@ def multiple(name: str, value: Any, divisor_name: str, divisor: int) -> int:
     Raises:
         ValueError: it is not.
     """
-    whole = integer(name, value, least=1)
+    whole, divisor = integer(name, value, least=1), integer(divisor_name, divisor, least=1)
     if whole % divisor:
         raise ValueError(f"{name} must be a multiple of {divisor_name} = {divisor}, got {whole}")
     return whole

@@ -46,7 +46,7 @@ def _standardised(
 def _count(name: str, value: int, least: int, most: int | None = None) -> None:
     if not isinstance(value, int) or value < least or (most is not None and value > most):
         expected = f"an integer from {least} to {most}" if most is not None else f"an integer of at least {least}"
-        raise ValueError(f"{name} is {value!r}; expected {expected}")
+        raise ValueError(f"{name} must be {expected}, got {value!r}")
 
 
 def digits(train: int = 1200, seed: int = 0) -> Split:

@@ -3,6 +3,8 @@
 import os
 from typing import TypeVar
 
+from polylib import _checks
+
 Value = TypeVar("Value")
 SCALES = ("ci", "laptop", "gpu")
 
@@ -17,8 +19,7 @@ def scale() -> str:
         ValueError: the variable holds another word.
     """
     name = os.environ.get("POLYLIB_SCALE", "ci")
-    if name not in SCALES:
-        raise ValueError(f"POLYLIB_SCALE is {name!r}; expected one of {', '.join(SCALES)}")
+    _checks.choice("POLYLIB_SCALE", name, SCALES)
     return name
 
 

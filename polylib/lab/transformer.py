@@ -5,14 +5,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from polylib import _checks
+
 
 class Attention(nn.Module):
     """Multi-head self-attention, `(batch, length, width)` to the same; with `causal` a token sees no later one."""
 
     def __init__(self, width: int, heads: int, causal: bool) -> None:
         super().__init__()
-        if width % heads:
-            raise ValueError(f"width is {width}; expected a multiple of heads = {heads}")
+        _checks.multiple("width", width, "heads", heads)
         self.heads, self.causal = heads, causal
         self.inputs = nn.Linear(width, 3 * width)
         self.output = nn.Linear(width, width)
@@ -98,8 +99,7 @@ class SignalTransformer(nn.Module):
         norm: Callable[[int], nn.Module] = nn.LayerNorm,
     ) -> None:
         super().__init__()
-        if samples % patch:
-            raise ValueError(f"samples is {samples}; expected a multiple of patch = {patch}")
+        _checks.multiple("samples", samples, "patch", patch)
         self.patch = patch
         self.embedding = nn.Linear(patch, width)
         self.positions = nn.Parameter(0.02 * torch.randn(samples // patch, width))

@@ -10,6 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from polylib import _checks
+
 Basis = Callable[[Tensor, int, float, float], Tensor]
 
 
@@ -73,8 +75,7 @@ def basis(x: Tensor, name: str, n_basis: int = 8, lo: float = -1.2, hi: float = 
     Raises:
         ValueError: an unknown `name`, `n_basis` below 4, or an empty range.
     """
-    if name not in FAMILIES:
-        raise ValueError(f"name is {name!r}; expected one of {', '.join(map(repr, FAMILIES))}")
+    _checks.choice("name", name, FAMILIES)
     check_grid(n_basis, (lo, hi))
     return FAMILIES[name](x, n_basis, lo, hi)
 
@@ -82,6 +83,6 @@ def basis(x: Tensor, name: str, n_basis: int = 8, lo: float = -1.2, hi: float = 
 def check_grid(n_basis: int, grid_range: tuple[float, float]) -> None:
     """Raise ValueError unless there are enough functions for a cubic spline and the range is not empty."""
     if not isinstance(n_basis, int) or n_basis < 4:
-        raise ValueError(f"n_basis is {n_basis!r}; expected an integer of at least 4, the order of a cubic plus one")
+        raise ValueError(f"n_basis must be an integer of at least 4, the order of a cubic plus one, got {n_basis!r}")
     if not grid_range[0] < grid_range[1]:
-        raise ValueError(f"grid_range is {grid_range}; expected two increasing numbers")
+        raise ValueError(f"grid_range must be two increasing numbers, got {grid_range}")

@@ -10,6 +10,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from polylib import _checks
 from polylib.kernels import evonorm_s0
 from polylib.kernels._common import widened
 
@@ -68,16 +69,12 @@ class EvoNorm2d(nn.Module):
         apply_act: bool = True,
     ) -> None:
         super().__init__()
-        if variant not in VARIANTS:
-            raise ValueError(f"variant is {variant!r}; expected one of {', '.join(VARIANTS)}")
-        if not isinstance(num_features, int) or num_features < 1:
-            raise ValueError(f"num_features is {num_features!r}; expected an integer of at least 1")
-        if variant[0] == "S" and (not isinstance(groups, int) or groups < 1 or num_features % groups):
-            raise ValueError(f"groups is {groups!r}; expected a divisor of num_features = {num_features}")
-        if not eps > 0:
-            raise ValueError(f"eps is {eps}; expected a positive number")
-        if not 0 <= momentum <= 1:
-            raise ValueError(f"momentum is {momentum}; expected a number from 0 to 1")
+        _checks.choice("variant", variant, VARIANTS)
+        _checks.integer("num_features", num_features, least=1)
+        if variant[0] == "S":
+            _checks.divisor("groups", groups, "num_features", num_features)
+        _checks.number("eps", eps, above=0)
+        _checks.number("momentum", momentum, least=0, most=1)
         self.num_features, self.variant, self.groups, self.eps = num_features, variant, groups, eps
         self.momentum, self.unbiased, self.apply_act = momentum, unbiased, apply_act
         self.weight = nn.Parameter(torch.ones(num_features))
@@ -87,9 +84,9 @@ class EvoNorm2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() != 4 or x.shape[1] != self.num_features:
-            raise ValueError(f"x has shape {tuple(x.shape)}; expected (N, {self.num_features}, H, W)")
+            raise ValueError(f"x must have shape (N, {self.num_features}, H, W), got {tuple(x.shape)}")
         if x.dtype != self.weight.dtype and not torch.is_autocast_enabled(x.device.type):
-            raise TypeError(f"x is {x.dtype}; expected {self.weight.dtype}, as the parameters")
+            raise TypeError(f"x must be {self.weight.dtype}, as the parameters, got {x.dtype}")
         if x.numel() == 0:  # the variance of nothing is no number; the parameters get gradients of zero
             scale = self.weight if self.v is None else self.weight * self.v
             return (x * scale.view(-1, 1, 1) + self.bias.view(-1, 1, 1)).to(x.dtype)
@@ -134,7 +131,7 @@ class EvoNorm2d(nn.Module):
         if not self.training:
             return self.running_var
         if count == 1:
-            raise ValueError(f"x has shape {tuple(x.shape)}; expected more than one value a channel in training")
+            raise ValueError(f"x must have more than one value a channel in training, got shape {tuple(x.shape)}")
         variance = x.var((0, 2, 3), correction=0)
         with torch.no_grad():
             kept = variance * (count / (count - 1)) if self.unbiased else variance

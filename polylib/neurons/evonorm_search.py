@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from polylib import _checks
+
 EPS = 1e-5
 GIVEN = 4
 
@@ -66,16 +68,16 @@ class LayerGraph(tuple):
     def __new__(cls, nodes: Sequence[tuple[Any, ...]]) -> "LayerGraph":
         graph = super().__new__(cls, (Node(*node) for node in nodes))
         if not graph:
-            raise ValueError("nodes is empty; expected at least one")
+            raise ValueError("nodes must have at least one entry, got none")
         for number, node in enumerate(graph, start=GIVEN):
             if node.op not in OPERATIONS:
                 raise ValueError(
-                    f"node {number} has the operation {node.op!r}; expected one of {', '.join(OPERATIONS)}"
+                    f"node {number} must have one of the operations {', '.join(OPERATIONS)}, got {node.op!r}"
                 )
             for name, earlier in (("i", node.i), ("j", node.j)):
                 if not 0 <= earlier < number:
                     raise ValueError(
-                        f"node {number} has {name} = {earlier}; expected an earlier node, 0 to {number - 1}"
+                        f"{name} of node {number} must be an earlier node, 0 to {number - 1}, got {earlier}"
                     )
         return super().__new__(cls, (node if node.op in BINARY else node._replace(j=0) for node in graph))
 
@@ -126,8 +128,7 @@ def _random_node(number: int, rng: random.Random) -> Node:
 
 def random_graph(nodes: int, rng: random.Random) -> LayerGraph:
     """A graph of `nodes` nodes, each a uniform operation of uniform earlier nodes."""
-    if nodes < 1:
-        raise ValueError(f"nodes is {nodes}; expected at least 1")
+    _checks.integer("nodes", nodes, least=1)
     return LayerGraph([_random_node(number, rng) for number in range(GIVEN, GIVEN + nodes)])
 
 
@@ -149,15 +150,14 @@ class GraphNormAct(nn.Module):
 
     def __init__(self, num_features: int, graph: LayerGraph, groups: int = 1) -> None:
         super().__init__()
-        if groups < 1 or num_features % groups:
-            raise ValueError(f"groups is {groups}; expected a divisor of num_features = {num_features}")
+        _checks.divisor("groups", groups, "num_features", num_features)
         self.num_features, self.graph, self.groups = num_features, graph, groups
         self.weight, self.v1 = (nn.Parameter(torch.ones(num_features)) for _ in range(2))
         self.bias, self.v0 = (nn.Parameter(torch.zeros(num_features)) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() != 4 or x.shape[1] != self.num_features:
-            raise ValueError(f"x has shape {tuple(x.shape)}; expected (N, {self.num_features}, H, W)")
+            raise ValueError(f"x must have shape (N, {self.num_features}, H, W), got {tuple(x.shape)}")
         weight, bias, v0, v1 = (t.view(1, -1, 1, 1) for t in (self.weight, self.bias, self.v0, self.v1))
         values = {0: x, 1: torch.zeros_like(weight), 2: v0, 3: v1}
         needed = self.graph.used()
@@ -192,11 +192,10 @@ def stress_test(model: nn.Module, loss: Callable[[nn.Module], Tensor], steps: in
     Raises:
         ValueError: fewer than one step, or a model without convolution.
     """
-    if steps < 1:
-        raise ValueError(f"steps is {steps}; expected at least 1")
+    _checks.integer("steps", steps, least=1)
     layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
     if not layers:
-        raise ValueError(f"model ({type(model).__name__}) has no Conv2d; expected at least one")
+        raise ValueError(f"model must have at least one Conv2d, got a {type(model).__name__} without")
     weights = {f"{name}.weight".lstrip("."): m.weight.detach().clone() for name, m in layers.items()}
     largest = 0.0
     for _ in range(steps):
@@ -233,8 +232,7 @@ def pareto_front(candidates: Sequence[Candidate]) -> list[Candidate]:
 
 def pareto_tournament(population: Sequence[Candidate], size: int, rng: random.Random) -> Candidate:
     """Draw `size` candidates without replacement; the winner is a random member of their Pareto front."""
-    if not 1 <= size <= len(population):
-        raise ValueError(f"size is {size}; expected 1 to {len(population)}, the size of the population")
+    _checks.integer("size", size, least=1, most=len(population))
     return rng.choice(pareto_front(rng.sample(list(population), size)))
 
 

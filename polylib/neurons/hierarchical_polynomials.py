@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from polylib import _checks
+
 METHODS = ("ridge", "gd")
 
 
@@ -30,7 +32,7 @@ def pair_product_feature(x: Tensor) -> Tensor:
         ValueError: d is odd.
     """
     if x.shape[-1] % 2:
-        raise ValueError(f"x has {x.shape[-1]} features; expected an even number")
+        raise ValueError(f"x must have an even number of features, got {x.shape[-1]}")
     return math.sqrt(2 / x.shape[-1]) * (x[..., ::2] * x[..., 1::2]).sum(-1)
 
 
@@ -43,7 +45,7 @@ def hermite_link(coefficients: Sequence[float]) -> Callable[[Tensor], Tensor]:
     """
     coefficients = [float(value) for value in coefficients]
     if not coefficients:
-        raise ValueError("coefficients is empty; expected at least one")
+        raise ValueError("coefficients must have at least one entry, got none")
 
     return partial(_hermite_series, coefficients)
 
@@ -79,8 +81,7 @@ class HierarchicalPolynomial:
 
     def sample(self, n: int, d: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Standard normal inputs `(n, d)`, targets g(p(x)) `(n,)`, and the values of the feature, `(n,)`."""
-        if n < 1:
-            raise ValueError(f"n is {n}; expected at least 1")
+        _checks.integer("n", n, least=1)
         x = torch.randn(n, d, generator=generator)
         z = self.p(x)
         return x, self.g(z), z
@@ -118,10 +119,9 @@ class ThreeLayerResidualNet(nn.Module):
     ) -> None:
         super().__init__()
         for name, value in (("d", d), ("m1", m1), ("m2", m2)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r}; expected an integer of at least 1")
+            _checks.integer(name, value, least=1)
         if sigma2 != "poly2" and not callable(sigma2):
-            raise ValueError(f"sigma2 is {sigma2!r}; expected 'poly2' or a function")
+            raise ValueError(f"sigma2 must be 'poly2' or a function, got {sigma2!r}")
         self.d, self.sigma2 = d, poly2 if sigma2 == "poly2" else sigma2
         directions = torch.randn(m2, d, generator=generator)
         self.register_buffer("v", directions / directions.norm(dim=1, keepdim=True))
@@ -135,7 +135,7 @@ class ThreeLayerResidualNet(nn.Module):
     def features(self, x: Tensor) -> Tensor:
         """sigma_2(v_j . x + s_j) minus its mean, `(n, m2)`."""
         if x.dim() != 2 or x.shape[1] != self.d:
-            raise ValueError(f"x has shape {tuple(x.shape)}; expected (n, {self.d})")
+            raise ValueError(f"x must have shape (n, {self.d}), got {tuple(x.shape)}")
         return self.sigma2(x @ self.v.T + self.s) - self.centre
 
     def bottleneck(self, x: Tensor) -> Tensor:
@@ -203,13 +203,11 @@ def fit_layerwise(
         ValueError: a negative xi, an unknown method, or fewer than two samples.
     """
     for name, value in (("xi1", xi1), ("xi2", xi2)):
-        if not value >= 0:
-            raise ValueError(f"{name} is {value}; expected a number of at least 0")
-    if method not in METHODS:
-        raise ValueError(f"method is {method!r}; expected one of {', '.join(map(repr, METHODS))}")
+        _checks.number(name, value, least=0)
+    _checks.choice("method", method, METHODS)
     for name, x in (("x1", x1), ("x2", x2)):
         if len(x) < 2:
-            raise ValueError(f"{name} has {len(x)} samples; expected at least 2")
+            raise ValueError(f"{name} must have at least 2 samples, got {len(x)}")
 
     def solve(gram: Tensor, moment: Tensor, fraction: float) -> Tensor:
         top = largest_eigenvalue(gram)

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from polylib import _checks
 from polylib.kernels import kronecker_weight, phm_linear
 
 ALGEBRAS = {"real": 1, "complex": 2, "quaternion": 4}
@@ -29,8 +30,7 @@ def algebra_matrices(name: str) -> Tensor:
     Raises:
         ValueError: another name.
     """
-    if name not in ALGEBRAS:
-        raise ValueError(f"algebra is {name!r}; expected one of {', '.join(map(repr, ALGEBRAS))}")
+    _checks.choice("algebra", name, ALGEBRAS)
     # What stands in the block matrix of a left multiplication: the component, from 1, with its sign.
     rows = {
         "real": [[1]],
@@ -52,7 +52,7 @@ def algebra_angle(a: Tensor, b: Tensor) -> float:
     """
     for name, value in (("a", a), ("b", b)):
         if value.dim() != 3 or len(set(value.shape)) != 1 or value.shape != a.shape:
-            raise ValueError(f"{name} has shape {tuple(value.shape)}; expected (n, n, n), the same for both")
+            raise ValueError(f"{name} must have shape (n, n, n), the same for both, got {tuple(value.shape)}")
     bases = [torch.linalg.qr(value.detach().double().flatten(1).T).Q for value in (a, b)]
     residual = bases[1] - bases[0] @ (bases[0].T @ bases[1])  # its norm is the sine, which is exact at small angles
     sine = torch.linalg.matrix_norm(residual, 2).clamp(max=1)
@@ -76,16 +76,13 @@ class _Hypercomplex(nn.Module):
     ) -> None:
         super().__init__()
         for name, size in (("n", n), outputs, inputs, *(("kernel_size", size) for size in kernel)):
-            if not isinstance(size, int) or size < 1:
-                raise ValueError(f"{name} is {size!r}; expected an integer of at least 1")
+            _checks.integer(name, size, least=1)
         for name, size in (outputs, inputs):
-            if size % n:
-                raise ValueError(f"{name} is {size}; expected a multiple of n = {n}")
+            _checks.multiple(name, size, "n", n)
         known = None if algebra is None else algebra_matrices(algebra)
         if known is not None and len(known) != n:
-            raise ValueError(f"algebra is {algebra!r}, of dimension {len(known)}; expected one of dimension n = {n}")
-        if dtype is not None and not dtype.is_floating_point:
-            raise TypeError(f"dtype is {dtype}; expected a floating-point dtype")
+            raise ValueError(f"algebra must be one of dimension n = {n}, got {algebra!r}, of dimension {len(known)}")
+        _checks.floating("dtype", dtype)
         self.n, self.algebra = n, algebra
         (_, o), (_, i) = outputs, inputs
         empty = {"device": device, "dtype": dtype}
@@ -173,7 +170,7 @@ class _PHConv(_Hypercomplex):
     ) -> None:
         kernel = (kernel_size,) * self.dimensions if isinstance(kernel_size, int) else tuple(kernel_size)
         if len(kernel) != self.dimensions:
-            raise ValueError(f"kernel_size is {kernel_size!r}; expected {self.dimensions} integers or one")
+            raise ValueError(f"kernel_size must be {self.dimensions} integers or one, got {kernel_size!r}")
         outputs, inputs = ("out_channels", out_channels), ("in_channels", in_channels)
         super().__init__(outputs, inputs, n, kernel, bias, algebra, learn_algebra, device, dtype)
         self.in_channels, self.out_channels = in_channels, out_channels
@@ -182,7 +179,7 @@ class _PHConv(_Hypercomplex):
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() != self.dimensions + 2 or x.shape[1] != self.in_channels:
             sizes = ", ".join(["batch", str(self.in_channels), *["size"] * self.dimensions])
-            raise ValueError(f"x has shape {tuple(x.shape)}; expected ({sizes})")
+            raise ValueError(f"x must have shape ({sizes}), got {tuple(x.shape)}")
         convolve = (F.conv1d, F.conv2d, F.conv3d)[self.dimensions - 1]
         return convolve(x, self.weight(), self.bias, self.stride, self.padding)
 

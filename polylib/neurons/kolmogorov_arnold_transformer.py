@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from polylib import _checks
 from polylib.kernels.group_rational import ORDER, VARIANTS, group_rational, group_rational_reference
 
 Coefficients = tuple[tuple[float, ...], tuple[float, ...]]
@@ -61,8 +62,7 @@ def rational_gain(numerator: Tensor, denominator: Tensor, variant: str = "A") ->
     Raises:
         ValueError: an unknown variant, or shapes that do not go together.
     """
-    if variant not in VARIANTS:
-        raise ValueError(f"variant is {variant!r}; expected one of {', '.join(map(repr, VARIANTS))}")
+    _checks.choice("variant", variant, VARIANTS)
     if numerator.dim() != 2 or denominator.dim() != 2:
         raise ValueError(
             f"numerator and denominator have shapes {tuple(numerator.shape)} and {tuple(denominator.shape)};"
@@ -105,12 +105,9 @@ class GroupRational(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(dim, int) or dim < 1:
-            raise ValueError(f"dim is {dim!r}; expected an integer of at least 1")
-        if not isinstance(groups, int) or groups < 1 or dim % groups:
-            raise ValueError(f"groups is {groups!r}; expected a divisor of dim = {dim}")
-        if variant not in VARIANTS:
-            raise ValueError(f"variant is {variant!r}; expected one of {', '.join(map(repr, VARIANTS))}")
+        _checks.integer("dim", dim, least=1)
+        _checks.divisor("groups", groups, "dim", dim)
+        _checks.choice("variant", variant, VARIANTS)
         self.dim, self.groups, self.variant = dim, groups, variant
         rows = 1 if share_numerator else groups
         self.numerator = nn.Parameter(torch.empty(rows, order[0] + 1, device=device, dtype=dtype))
@@ -120,14 +117,13 @@ class GroupRational(nn.Module):
     @torch.no_grad()
     def reset_parameters(self, init: str = "swish") -> None:
         """Set the coefficients to those of a known function."""
-        if init not in START:
-            raise ValueError(f"init is {init!r}; expected one of {', '.join(map(repr, START))}")
+        _checks.choice("init", init, START)
         if self.variant not in START[init]:
-            raise ValueError(f"init {init!r} has no fit for variant {self.variant!r}; expected another of the two")
+            raise ValueError(f"init must have a fit for variant {self.variant!r}, got {init!r}")
         for parameter, values in zip((self.numerator, self.denominator), START[init][self.variant], strict=True):
             if len(values) > parameter.shape[1]:
                 order = (self.numerator.shape[1] - 1, self.denominator.shape[1])
-                raise ValueError(f"order is {order}; expected at least {ORDER} for init {init!r}")
+                raise ValueError(f"order must be at least {ORDER} for init {init!r}, got {order}")
             parameter.zero_()
             parameter[:, : len(values)] = parameter.new_tensor(values)
 
@@ -137,7 +133,7 @@ class GroupRational(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() == 0 or x.shape[-1] != self.dim:
-            raise ValueError(f"x has shape {tuple(x.shape)}; expected (..., {self.dim})")
+            raise ValueError(f"x must have shape (..., {self.dim}), got {tuple(x.shape)}")
         return group_rational(x, self.numerator, self.denominator, self.groups, self.variant)
 
     def extra_repr(self) -> str:
@@ -174,8 +170,7 @@ class GRKANLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(out_features, int) or out_features < 1:
-            raise ValueError(f"out_features is {out_features!r}; expected an integer of at least 1")
+        _checks.integer("out_features", out_features, least=1)
         self.in_features, self.out_features = in_features, out_features
         self.activation = GroupRational(in_features, groups, init, order, variant, share_numerator, device, dtype)
         self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))

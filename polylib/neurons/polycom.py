@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from polylib import _checks
 from polylib.kernels import poly_norm, poly_relu
 
 
@@ -28,13 +29,11 @@ class _Polynomial(nn.Module):
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
-        if not isinstance(order, int) or order < 1:
-            raise ValueError(f"order is {order!r}; expected an integer of at least 1")
-        if dtype is not None and not dtype.is_floating_point:
-            raise TypeError(f"dtype is {dtype}; expected a floating-point dtype")
+        _checks.integer("order", order, least=1)
+        _checks.floating("dtype", dtype)
         self.init = [1 / order] * order if init is None else [float(value) for value in init]
         if len(self.init) != order:
-            raise ValueError(f"init has {len(self.init)} values; expected order = {order}, highest power first")
+            raise ValueError(f"init must have order = {order} values, highest power first, got {len(self.init)}")
         self.order = order
         self.weight = nn.Parameter(torch.empty(order, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(1, device=device, dtype=dtype))
@@ -103,13 +102,12 @@ class PolyNorm(_Polynomial):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(order, init, device, dtype)
-        if not eps > 0:
-            raise ValueError(f"eps is {eps}; expected a number above 0")
+        _checks.number("eps", eps, above=0)
         self.eps, self.dim = eps, dim
 
     def forward(self, x: Tensor) -> Tensor:
         if not -x.dim() <= self.dim < x.dim():
-            raise ValueError(f"x has {x.dim()} dimensions; expected one that dim = {self.dim} names")
+            raise ValueError(f"x must have the dimension dim = {self.dim}, got {x.dim()} dimensions")
         return poly_norm(x.movedim(self.dim, -1), self.weight, self.bias, self.eps).movedim(-1, self.dim)
 
     def extra_repr(self) -> str:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from polylib import _checks
 from polylib.kernels import quadratic_linear
 
 INITS = ("relinear", "random")
@@ -24,8 +25,7 @@ INITS = ("relinear", "random")
 
 def _at_least_one(**sizes: int) -> None:
     for name, value in sizes.items():
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} is {value!r}; expected an integer of at least 1")
+        _checks.integer(name, value, least=1)
 
 
 class _Quadratic(nn.Module):
@@ -41,10 +41,8 @@ class _Quadratic(nn.Module):
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
-        if init not in INITS:
-            raise ValueError(f"init is {init!r}; expected one of {', '.join(map(repr, INITS))}")
-        if dtype is not None and not dtype.is_floating_point:
-            raise TypeError(f"dtype is {dtype}; expected a floating-point dtype")
+        _checks.choice("init", init, INITS)
+        _checks.floating("dtype", dtype)
         self.compact = compact
 
         def parameter(size: tuple[int, ...], wanted: bool = True) -> nn.Parameter | None:
@@ -82,9 +80,9 @@ class _Quadratic(nn.Module):
 
     def _check(self, x: Tensor) -> None:
         if x.device != self.weight_r.device:
-            raise ValueError(f"x is on {x.device}; expected {self.weight_r.device}, where the weights are")
+            raise ValueError(f"x must be on {self.weight_r.device}, where the weights are, got {x.device}")
         if x.dtype != self.weight_r.dtype and not torch.is_autocast_enabled(x.device.type):
-            raise TypeError(f"x is {x.dtype}; expected {self.weight_r.dtype}, as the weights")
+            raise TypeError(f"x must be {self.weight_r.dtype}, as the weights, got {x.dtype}")
 
     def quadratic_parts(self) -> dict[str, list[nn.Parameter]]:
         """The parameters that ReLinear holds back: `g`, the second factor of the product, and `b`, the power term."""
@@ -124,7 +122,7 @@ class QuadraticLinear(_Quadratic):
     def forward(self, x: Tensor) -> Tensor:
         if self.compact:
             if x.shape[-1] != self.in_features:
-                raise ValueError(f"x has {x.shape[-1]} features; expected in_features = {self.in_features}")
+                raise ValueError(f"x must have in_features = {self.in_features} features, got {x.shape[-1]}")
             self._check(x)
             return F.linear(x, self.weight_r, self.bias_r) + F.linear(x * x, self.weight_b, self.bias_b)
         return quadratic_linear(x, self.weight_r, self.bias_r, self.weight_g, self.bias_g, self.weight_b, self.bias_b)
@@ -161,7 +159,7 @@ class QuadraticConv2d(_Quadratic):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() not in (3, 4) or x.shape[-3] != self.in_channels:
-            raise ValueError(f"x has shape {tuple(x.shape)}; expected (batch, {self.in_channels}, height, width)")
+            raise ValueError(f"x must have shape (batch, {self.in_channels}, height, width), got {tuple(x.shape)}")
         self._check(x)
 
         def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -187,8 +185,7 @@ def relinear_param_groups(
         ValueError: a negative `lr`, gamma or `weight_decay`, or a module without a quadratic layer.
     """
     for name, value in (("lr", lr), ("gamma_g", gamma_g), ("gamma_b", gamma_b), ("weight_decay", weight_decay)):
-        if not value >= 0:
-            raise ValueError(f"{name} is {value}; expected a number of at least 0")
+        _checks.number(name, value, least=0)
     held: dict[str, list[nn.Parameter]] = {"g": [], "b": [], "gate bias": []}
     for layer in _quadratic_layers(module):
         for name, parameters in layer.quadratic_parts().items():
@@ -215,8 +212,7 @@ def relinear_shrink_(module: nn.Module, alpha_g: float, alpha_b: float) -> None:
         ValueError: a factor outside [0, 1], or a module without a quadratic layer.
     """
     for name, value in (("alpha_g", alpha_g), ("alpha_b", alpha_b)):
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name} is {value}; expected a number from 0 to 1")
+        _checks.number(name, value, least=0, most=1)
     for layer in _quadratic_layers(module):
         parts = layer.quadratic_parts()
         for name, factor in (("g", alpha_g), ("b", alpha_b)):
@@ -228,5 +224,5 @@ def relinear_shrink_(module: nn.Module, alpha_g: float, alpha_b: float) -> None:
 def _quadratic_layers(module: nn.Module) -> list[_Quadratic]:
     layers = [layer for layer in module.modules() if isinstance(layer, _Quadratic)]
     if not layers:
-        raise ValueError(f"module ({type(module).__name__}) has no quadratic layer; expected at least one")
+        raise ValueError(f"module must have at least one quadratic layer, got a {type(module).__name__} without")
     return layers

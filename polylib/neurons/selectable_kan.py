@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from polylib import _checks
 from polylib.lab.same_architecture import check_same_architecture
 from polylib.lab.stack import Stack
 from polylib.neurons.basis_functions import FAMILIES, check_grid
@@ -53,10 +54,9 @@ class SelectableKANLinear(nn.Module):
     ) -> None:
         super().__init__()
         for name, value in (("in_features", in_features), ("out_features", out_features)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r}; expected an integer of at least 1")
+            _checks.integer(name, value, least=1)
         if not pool or set(pool) - set(FAMILIES) or len(set(pool)) < len(pool):
-            raise ValueError(f"pool is {pool!r}; expected different names from {', '.join(map(repr, FAMILIES))}")
+            raise ValueError(f"pool must be different names from {', '.join(map(repr, FAMILIES))}, got {pool!r}")
         check_grid(n_basis, grid_range)
         self.in_features, self.out_features, self.pool = in_features, out_features, tuple(pool)
         self.n_basis, self.grid_range, self.base = n_basis, grid_range, base
@@ -105,7 +105,7 @@ class SelectableKANLinear(nn.Module):
         """
         _check_keep(keep, len(self.pool))
         if scores.shape != self.mask.shape:
-            raise ValueError(f"scores has shape {tuple(scores.shape)}; expected {tuple(self.mask.shape)}, as mask")
+            raise ValueError(f"scores must have shape {tuple(self.mask.shape)}, as mask, got {tuple(scores.shape)}")
         self.mask = _best(scores, keep).to(self.mask)
 
     def families(self) -> list[tuple[str, ...]]:
@@ -186,10 +186,12 @@ def train_skan(
     check_same_architecture(models)
     layers = {name: part for name, part in models[0].named_modules() if isinstance(part, SelectableKANLinear)}
     if not layers:
-        raise ValueError(f"models[0] ({type(models[0]).__name__}) has no SelectableKANLinear; expected at least one")
+        raise ValueError(
+            f"models[0] must have at least one SelectableKANLinear, got a {type(models[0]).__name__} without"
+        )
     _check_keep(keep, min(len(layer.pool) for layer in layers.values()))
     if abs(sum(stages) - 1) > 1e-6 or min(stages) < 0:
-        raise ValueError(f"stages is {stages}; expected three shares that add up to 1")
+        raise ValueError(f"stages must be three shares that add up to 1, got {stages}")
     prefixes = [f"{name}." if name else "" for name in layers]
     shrink = int(stages[0] * steps)
     prune = int((stages[0] + stages[1]) * steps)
@@ -248,18 +250,17 @@ def _best(scores: Tensor, keep: int) -> Tensor:
 
 
 def _check_keep(keep: int, families: int) -> None:
-    if not isinstance(keep, int) or not 1 <= keep <= families:
-        raise ValueError(f"keep is {keep!r}; expected an integer from 1 to {families}, the size of the pool")
+    _checks.integer("keep", keep, least=1, most=families)
 
 
 def _check_input(x: Tensor, in_features: int, grid_range: tuple[float, float]) -> None:
     if x.dim() == 0 or x.shape[-1] != in_features:
-        raise ValueError(f"x has shape {tuple(x.shape)}; expected (..., {in_features})")
+        raise ValueError(f"x must have shape (..., {in_features}), got {tuple(x.shape)}")
     # Values can't be looked at inside a transformation, and torch has no public name for this question.
     if x.numel() == 0 or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return
     low, high = (bound.item() for bound in x.detach().aminmax())
     if not (math.isfinite(low) and math.isfinite(high)):
-        raise ValueError("x has values that are not finite; expected finite numbers")
+        raise ValueError("x must be finite, got values that are not")
     if low < grid_range[0] or high > grid_range[1]:
         warnings.warn(f"x reaches from {low:.3g} to {high:.3g}, beyond the grid {grid_range}", stacklevel=3)

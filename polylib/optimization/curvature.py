@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.func import grad, jvp, vjp, vmap
 
+from polylib import _checks
+
 Params = Tensor | dict[str, Tensor]
 Matvec = Callable[[Tensor], Tensor]
 
@@ -104,9 +106,9 @@ def lanczos(matvec: Matvec, v0: Tensor, num_steps: int, *, reorth: bool = True) 
             not finite.
     """
     if v0.dim() != 1:
-        raise ValueError(f"v0 has shape {tuple(v0.shape)}; expected a vector")
+        raise ValueError(f"v0 must be a vector, got shape {tuple(v0.shape)}")
     if not v0.isfinite().all() or not v0.any():
-        raise ValueError("v0 is zero or not finite; expected a direction")
+        raise ValueError("v0 must be a direction, got one that is zero or not finite")
     _check_steps(num_steps, len(v0))
     alpha, beta, basis, length = _tridiagonal(lambda q: matvec(q[0])[None], v0[None], num_steps, reorth)
     m = int(length[0])
@@ -158,10 +160,9 @@ def spectral_density(
     """
     _check_steps(num_steps, dim)
     for name, value in (("num_probes", num_probes), ("chunk_size", num_probes if chunk_size is None else chunk_size)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}; expected at least 1")
-    if bandwidth is not None and not bandwidth > 0:
-        raise ValueError(f"bandwidth is {bandwidth}; expected a number above 0")
+        _checks.integer(name, value, least=1)
+    if bandwidth is not None:
+        _checks.number("bandwidth", bandwidth, above=0)
     source = device if generator is None else generator.device
     signs = torch.randint(2, (num_probes, dim), generator=generator, device=source)
     probes = (2 * signs - 1).to(device=device, dtype=dtype or torch.get_default_dtype())
@@ -225,15 +226,14 @@ def _quadrature(alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _check_steps(num_steps: int, dim: int) -> None:
-    if not 1 <= num_steps <= dim:
-        raise ValueError(f"num_steps is {num_steps}; expected 1 to {dim}, the dimension")
+    _checks.integer("num_steps", num_steps, least=1, most=dim)
 
 
 def _check_like(params: Params, v: Params) -> None:
     here, there = ({"params": x} if isinstance(x, Tensor) else x for x in (params, v))
     if here.keys() != there.keys():
-        raise ValueError(f"v has the names {sorted(there)}; expected {sorted(here)}, as params")
+        raise ValueError(f"v must have the names {sorted(here)}, as params, got {sorted(there)}")
     for name, value in here.items():
         if value.shape != there[name].shape or value.dtype != there[name].dtype:
             given = f"{tuple(there[name].shape)} {there[name].dtype}"
-            raise ValueError(f"v[{name!r}] is {given}; expected {tuple(value.shape)} {value.dtype}, as params")
+            raise ValueError(f"v[{name!r}] must be {tuple(value.shape)} {value.dtype}, as params, got {given}")

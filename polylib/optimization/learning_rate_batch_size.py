@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
+from polylib import _checks
 from polylib.optimization.curvature import hessian_matvec, lanczos
 
 RULES = ("median", "minimum")
@@ -52,20 +53,19 @@ def batch_top_eigenvalue(
         ValueError: `lam1` not above 0, a negative `noise`, a batch larger than the data, an unknown model, or `"ggn"`
             without `dim`.
     """
-    if not lam1 > 0:
-        raise ValueError(f"lam1 is {lam1}; expected a number above 0")
-    if not noise >= 0:
-        raise ValueError(f"noise is {noise}; expected a number of at least 0")
+    _checks.number("lam1", lam1, above=0)
+    _checks.number("noise", noise, least=0)
     if not 1 <= batch_size <= (dataset_size or math.inf):
-        raise ValueError(f"batch_size is {batch_size}; expected 1 to {dataset_size or 'any number'}, the data's size")
+        raise ValueError(
+            f"batch_size must be from 1 to {dataset_size or 'any number'}, the data's size, got {batch_size}"
+        )
     share = 1 / batch_size - (1 / dataset_size if dataset_size else 0)
     if model == "hessian":
         square = noise * share
         return lam1 + square / lam1 if lam1 * lam1 > square else 2 * math.sqrt(square)
-    if model != "ggn":
-        raise ValueError(f"model is {model!r}; expected 'hessian' or 'ggn'")
+    _checks.choice("model", model, ("hessian", "ggn"))
     if dim is None or dim < 1:
-        raise ValueError(f"dim is {dim}; expected the number of parameters, at least 1")
+        raise ValueError(f"dim must be the number of parameters, at least 1, got {dim}")
     variance, ratio = noise / dim, dim * share
     if lam1 > variance * (1 + math.sqrt(ratio)):
         return lam1 * (1 + ratio * variance / (lam1 - variance))
@@ -95,7 +95,7 @@ def hessian_noise(
     """
     length = torch.linalg.vector_norm(direction)
     if not (length > 0 and length.isfinite()):
-        raise ValueError("direction is zero or not finite")
+        raise ValueError("direction must be finite and not zero, got one that is not")
     u = direction / length
 
     def product(*sample: Tensor) -> Tensor:
@@ -123,7 +123,7 @@ def max_learning_rate(rates: Sequence[float], losses: Tensor, threshold: float) 
         ValueError: rates that do not ascend, or losses of another number.
     """
     if any(a >= b for a, b in pairwise(rates)) or len(rates) != len(losses):
-        raise ValueError(f"rates has {len(rates)} entries, losses {len(losses)}; expected as many, rates ascending")
+        raise ValueError(f"rates must ascend, one for each of the {len(losses)} losses, got {len(rates)} rates")
     losses = losses.double().nan_to_num(1e9, 1e9).clamp(max=1e9)
     below = (losses < threshold).nonzero()
     if not len(below):
@@ -158,10 +158,9 @@ def lr_momentum_from_spectrum(
 
 def _edges(ritz: Tensor, weights: Tensor, rule: str) -> tuple[float, float]:
     """The largest curvature L and the smallest that counts, mu."""
-    if rule not in RULES:
-        raise ValueError(f"rule is {rule!r}; expected one of {', '.join(map(repr, RULES))}")
+    _checks.choice("rule", rule, RULES)
     if not len(ritz) or not ritz.isfinite().all():
-        raise ValueError("ritz is empty or not finite")
+        raise ValueError("ritz must be finite, with at least one value, got one that is not")
     sizes = ritz.abs()
     kept = sizes[weights <= 0.5]
     small = sizes.quantile(0.5) if rule == "median" else (kept if len(kept) else sizes).min()
@@ -171,7 +170,7 @@ def _edges(ritz: Tensor, weights: Tensor, rule: str) -> tuple[float, float]:
 def _polyak(large: float, small: float, momentum: bool = True) -> tuple[float, float]:
     if large < FLAT:
         raise ValueError(
-            f"the largest curvature is {large}; expected at least {FLAT}: no rate follows from a flat loss"
+            f"the largest curvature must be at least {FLAT}, since no rate follows from a flat loss, got {large}"
         )
     if not momentum:
         return 2 / (large + small), 0.0
@@ -205,10 +204,8 @@ class SpectralSGD(torch.optim.SGD):
         rule: str = "median",
         generator: torch.Generator | None = None,
     ) -> None:
-        if rule not in RULES:
-            raise ValueError(f"rule is {rule!r}; expected one of {', '.join(map(repr, RULES))}")
-        if num_steps < 1:
-            raise ValueError(f"num_steps is {num_steps}; expected at least 1")
+        _checks.choice("rule", rule, RULES)
+        _checks.integer("num_steps", num_steps, least=1)
         super().__init__(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
         self.num_steps, self.rule, self.generator = num_steps, rule, generator
 
@@ -225,7 +222,7 @@ class SpectralSGD(torch.optim.SGD):
             The learning rate and the momentum now in force.
         """
         if not losses:
-            raise ValueError("losses is empty; expected at least one function")
+            raise ValueError("losses must have at least one function, got none")
         edges = [self._edges_of(loss) for loss in losses]
         known = [edge for edge in edges if edge is not None]
         large = max((edge[0] for edge in known), default=0.0)

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from polylib import _checks
+
 TRUNCATED = 0.8796  # the deviation of a standard normal variable that is cut off at two deviations
 
 
@@ -56,7 +58,9 @@ class QKNormAttention(nn.Module):
     ) -> None:
         super().__init__()
         if num_heads < 1 or dim % num_heads or dim // num_heads % 2:
-            raise ValueError(f"dim is {dim} with num_heads {num_heads}; expected an even number of features in a head")
+            raise ValueError(
+                f"dim must give each head an even number of features, got {dim} for num_heads = {num_heads}"
+            )
         self.num_heads, self.rope_base = num_heads, rope_base
         self.inputs = nn.Linear(dim, 3 * dim, bias=False)
         self.output = nn.Linear(dim, dim, bias=False)
@@ -90,7 +94,7 @@ def max_attention_logits(model: nn.Module, x: Tensor) -> Tensor:
     """
     layers = [layer for layer in model.modules() if isinstance(layer, QKNormAttention)]
     if not layers:
-        raise ValueError(f"model ({type(model).__name__}) has no QKNormAttention; expected at least one")
+        raise ValueError(f"model must have at least one QKNormAttention, got a {type(model).__name__} without")
     before = [layer.track for layer in layers]
     for layer in layers:
         layer.track = True
@@ -141,9 +145,8 @@ def cross_entropy_z_loss(
         IndexError: a target out of range.
     """
     if logits.dim() < 2 or logits.shape[:-1] != target.shape:
-        raise ValueError(f"target has shape {tuple(target.shape)}; expected {tuple(logits.shape[:-1])}, as the logits")
-    if not z_coeff >= 0:
-        raise ValueError(f"z_coeff is {z_coeff}; expected a number of at least 0")
+        raise ValueError(f"target must have shape {tuple(logits.shape[:-1])}, as the logits, got {tuple(target.shape)}")
+    _checks.number("z_coeff", z_coeff, least=0)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     log_z = logits.logsumexp(-1)
     loss = F.cross_entropy(logits.flatten(0, -2), target.flatten(), ignore_index=ignore_index)
@@ -182,7 +185,7 @@ class AdamWIndependent(torch.optim.AdamW):
 def _coupled(weight_decay: float, lr: float) -> float:
     """The decay that has the same effect where it is multiplied by the learning rate."""
     if not lr > 0:
-        raise ValueError(f"lr is {lr}; expected a number above 0 with independent weight decay")
+        raise ValueError(f"lr must be a number above 0 with independent weight decay, got {lr}")
     return weight_decay / lr
 
 
@@ -224,8 +227,7 @@ def mu_param_groups(
     Raises:
         ValueError: `base_fan_in` below 1.
     """
-    if base_fan_in < 1:
-        raise ValueError(f"base_fan_in is {base_fan_in}; expected at least 1")
+    _checks.integer("base_fan_in", base_fan_in, least=1)
     readout = getattr(model, "head", None) if readout is None else readout
     fan_in = {
         id(layer.weight): layer.in_features
@@ -260,7 +262,7 @@ def lr_sensitivity(losses: Tensor, initial_loss: float | Tensor) -> Tensor:
         ValueError: no losses.
     """
     if losses.dim() == 0 or losses.shape[-1] == 0:
-        raise ValueError(f"losses has shape {tuple(losses.shape)}; expected (..., rates) with at least one rate")
+        raise ValueError(f"losses must have shape (..., rates) with at least one rate, got {tuple(losses.shape)}")
     ceiling = torch.as_tensor(initial_loss, dtype=losses.dtype, device=losses.device)[..., None]
     capped = torch.minimum(losses.where(losses.isfinite(), ceiling), ceiling)
     return capped.mean(-1) - capped.min(-1).values

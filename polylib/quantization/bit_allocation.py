@@ -71,12 +71,12 @@ def select_bits(
     omega, sizes, bits = _checked(omega, sizes, bits)
     least = int(bits.min() * sizes.sum())
     if not budget >= least:
-        raise ValueError(f"budget is {budget} bits; expected at least {least}, with {int(bits.min())} bits everywhere")
+        raise ValueError(f"budget must be at least {least} bits, {int(bits.min())} everywhere, got {budget}")
     order = torch.arange(len(sizes))
     if monotone_by is not None:
         key = torch.as_tensor(monotone_by)
         if key.shape != sizes.shape:
-            raise ValueError(f"monotone_by has shape {tuple(key.shape)}; expected {tuple(sizes.shape)}, one a layer")
+            raise ValueError(f"monotone_by must have shape {tuple(sizes.shape)}, one a layer, got {tuple(key.shape)}")
         order = key.argsort(stable=True)
     best = _search(omega, sizes, bits, order.tolist(), budget, monotone_by is not None).bits[-1]
     return bits[best[order.argsort()]].tolist()
@@ -124,8 +124,8 @@ def _checked(omega: Tensor, sizes: Sequence[int], bits: Sequence[int]) -> tuple[
     counts, bits = torch.as_tensor(sizes).cpu(), torch.as_tensor(bits).cpu()
     for name, value in (("sizes", counts), ("bits", bits)):
         if value.dim() != 1 or not len(value) or value.is_floating_point() or (value < 1).any():
-            raise ValueError(f"{name} is {value.tolist()}; expected whole numbers of at least 1")
+            raise ValueError(f"{name} must be whole numbers of at least 1, got {value.tolist()}")
     if omega.shape != (len(counts), len(bits)) or not omega.isfinite().all():
         expected = f"({len(counts)}, {len(bits)}), a finite number for each layer and number of bits"
-        raise ValueError(f"omega has shape {tuple(omega.shape)} or is not finite; expected {expected}")
+        raise ValueError(f"omega must have shape {expected}, got {tuple(omega.shape)}, or values that are not finite")
     return omega, counts.long(), bits.long()

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad, vjp, vmap
 
+from polylib import _checks
 from polylib.quantization.quantizers import UniformQuantizer
 
 
@@ -59,12 +60,11 @@ def hutchinson_trace(
             is not a scalar.
     """
     for name, value in (("num_probes", num_probes), ("chunk_size", 1 if chunk_size is None else chunk_size)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}; expected at least 1")
+        _checks.integer(name, value, least=1)
     params = {name: value.detach() for name, value in params.items()}
     if not params or not all(value.is_floating_point() for value in params.values()):
         given = {name: value.dtype for name, value in params.items()}
-        raise ValueError(f"params is {given}; expected at least one tensor, all of floating point")
+        raise ValueError(f"params must be at least one tensor, all of floating point, got {given}")
 
     def blocks(own: dict[str, Tensor]) -> Tensor:
         """Of every probe and tensor z_i^T (H z)_i, `(num_probes, len(own))`."""
@@ -110,7 +110,7 @@ def activation_trace(
     """
     modules = dict(model.named_modules())
     if not layers or not set(layers) <= set(modules):
-        raise ValueError(f"layers is {list(layers)}; expected some of the modules {', '.join(filter(None, modules))}")
+        raise ValueError(f"layers must be some of the modules {', '.join(filter(None, modules))}, got {list(layers)}")
 
     seen: dict[str, Tensor] = {}
 
@@ -160,7 +160,7 @@ def quantization_sensitivity(
     tensors = list(weights.values()) if isinstance(weights, Mapping) else list(weights)
     traces = torch.as_tensor(average_traces, dtype=torch.float64).detach().cpu()
     if not tensors or traces.shape != (len(tensors),) or not traces.isfinite().all():
-        raise ValueError(f"average_traces is {traces.tolist()}; expected {len(tensors)} finite numbers, one a weight")
+        raise ValueError(f"average_traces must be {len(tensors)} finite numbers, one a weight, got {traces.tolist()}")
     if (traces < 0).any():
         warnings.warn("average_traces has negative entries, which count as zero: train further", stacklevel=2)
     with torch.no_grad():
@@ -178,5 +178,5 @@ def _signs(count: int, like: Tensor, generator: torch.Generator | None) -> Tenso
 
 def _scalar(loss: Tensor) -> Tensor:
     if loss.dim():
-        raise ValueError(f"loss_fn returned shape {tuple(loss.shape)}; expected a scalar")
+        raise ValueError(f"loss_fn must return a scalar, got shape {tuple(loss.shape)}")
     return loss

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from polylib import _checks
 from polylib.quantization.quantized_models import weight_quantizers
 from polylib.quantization.quantizers import StatsQuantizer, stored_range
 
@@ -51,7 +52,7 @@ class OscillationMeter:
         quantised = weight_quantizers(model)
         self.layers = list(quantised if layers is None else layers)
         if not self.layers or not set(self.layers) <= set(quantised):
-            raise ValueError(f"layers is {self.layers}; expected some of the quantised layers {list(quantised)}")
+            raise ValueError(f"layers must be some of the quantised layers {list(quantised)}, got {self.layers}")
         self.model, self.momentum = model, momentum
         self.updates = 0
         self._totals = dict.fromkeys(("flip", "reversal", "scale_flip", "energy", "jitter"), 0.0)
@@ -119,8 +120,7 @@ def confidence_mask(weight: Tensor, bits: int, boundary_range: float, *, per_cha
     Raises:
         ValueError: `bits` or `boundary_range` out of range, or an empty weight.
     """
-    if not 0 < boundary_range <= 0.5:
-        raise ValueError(f"boundary_range is {boundary_range}; expected a number above 0, to 0.5")
+    _checks.number("boundary_range", boundary_range, above=0, most=0.5)
     codes, step, zero = StatsQuantizer(bits, per_channel=per_channel).integers(weight)
     n = 2 ** (bits - 1)
     u = weight.detach().div(step).clamp(-n, n) + zero
@@ -142,8 +142,7 @@ def confidence_guided(
     Raises:
         ValueError: a model without StatsQ weights, or `boundary_range` out of range.
     """
-    if not 0 < boundary_range <= 0.5:
-        raise ValueError(f"boundary_range is {boundary_range}; expected a number above 0, to 0.5")
+    _checks.number("boundary_range", boundary_range, above=0, most=0.5)
     chosen = [(q, w) for q, w in weight_quantizers(model).values() if isinstance(q, StatsQuantizer)]
     if not chosen:
         raise ValueError(f"model ({type(model).__name__}) has no weight quantised by StatsQuantizer")

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from polylib import _checks
 from polylib.quantization.oscillation import confidence_mask
 from polylib.quantization.quantizers import LSQQuantizer, StatsQuantizer
 
@@ -47,8 +48,7 @@ class _Attention(nn.Module):
 
     def __init__(self, dim: int, heads: int, bits: int) -> None:
         super().__init__()
-        if heads < 1 or dim % heads:
-            raise ValueError(f"dim is {dim}; expected a multiple of heads = {heads}")
+        _checks.multiple("dim", dim, "heads", heads)
         self.dim, self.heads = dim, heads
         self.input = activation_quantizer(bits, dim)
         self.value, self.output = nn.Linear(dim, dim), nn.Linear(dim, dim)

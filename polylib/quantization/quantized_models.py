@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from polylib import _checks
 from polylib.quantization.quantizers import UniformQuantizer, stored_range
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -41,11 +42,11 @@ def quantize_model(
     """
     layers = quantizable(model)
     if not layers:
-        raise ValueError(f"model ({type(model).__name__}) has no linear or convolutional layer; expected at least one")
+        raise ValueError(f"model must have a linear or convolutional layer, got a {type(model).__name__} without")
     chosen = dict.fromkeys(layers, bits) if isinstance(bits, int) else dict(bits)
     for name in chosen:
         if name not in layers:
-            raise ValueError(f"bits names {name!r}; expected linear or convolutional layers: {', '.join(layers)}")
+            raise ValueError(f"bits must name linear or convolutional layers, {', '.join(layers)}, got {name!r}")
     for name, count in chosen.items():
         layer = layers[name]
         if parametrize.is_parametrized(layer, "weight"):
@@ -113,6 +114,5 @@ def unpack_codes(packed: Tensor, bits: int, count: int, *, signed: bool = True) 
 
 
 def _packed_range(bits: int, signed: bool) -> tuple[int, int]:
-    if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 8:
-        raise ValueError(f"bits is {bits!r}; expected an integer from 1 to 8")
+    _checks.integer("bits", bits, least=1, most=8)
     return stored_range(bits, signed)

@@ -221,7 +221,7 @@ class LSQQuantizer(nn.Module):
     @torch.no_grad()
     def _initialize(self, x: Tensor) -> None:
         if x.numel() == 0:
-            raise ValueError(f"the first tensor has shape {tuple(x.shape)}; expected one with entries, for the step")
+            raise ValueError(f"the first tensor must have entries, for the step, got shape {tuple(x.shape)}")
         others = [d for d in range(x.dim()) if self.axis is None or d != self.axis % x.dim()]
         mean = x.abs().mean(others) if others else x.abs()
         factor = 4.0 if not self.signed else 1.0 if self.bits == 1 else 2.0
@@ -245,19 +245,19 @@ def stored_range(bits: int, signed: bool) -> tuple[int, int]:
 
 def _checked(bits: int, least: int) -> int:
     if isinstance(bits, bool) or not isinstance(bits, int) or not least <= bits <= 16:
-        raise ValueError(f"bits is {bits!r}; expected an integer from {least} to 16")
+        raise ValueError(f"bits must be an integer from {least} to 16, got {bits!r}")
     return bits
 
 
 def _check_finite(x: Tensor) -> None:
     if not transformed() and not x.isfinite().all():  # under vmap nothing can depend on a value
-        raise ValueError("x has entries that are not finite; expected finite numbers")
+        raise ValueError("x must be finite, got entries that are not")
 
 
 def _rows(x: Tensor, per_channel: bool, detach: bool = True) -> Tensor:
     """x as a matrix whose rows have one step each."""
     if x.numel() == 0:
-        raise ValueError(f"x has shape {tuple(x.shape)}; expected a tensor with entries")
+        raise ValueError(f"x must have entries, got shape {tuple(x.shape)}")
     return (x.detach() if detach else x).reshape(x.shape[0] if per_channel else 1, -1)
 
 

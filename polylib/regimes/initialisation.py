@@ -8,6 +8,8 @@ singular directions and is scaled back to the size of the draw, so that ranks ar
 import torch
 from torch import Tensor
 
+from polylib import _checks
+
 _NORMS = ("fro", "spectral", None)
 
 
@@ -28,8 +30,7 @@ def low_rank_init(weight: Tensor, rank: int, *, norm: str | None = "fro") -> Ten
         ValueError: a weight that is not a finite matrix, a rank out of range, an unknown norm, or a zero matrix.
     """
     _check(weight, norm)
-    if not isinstance(rank, int) or not 1 <= rank <= min(weight.shape):
-        raise ValueError(f"rank is {rank!r}; expected an integer from 1 to {min(weight.shape)}")
+    _checks.integer("rank", rank, least=1, most=min(weight.shape))
     if rank == min(weight.shape):
         return weight.detach().clone()
     left, values, right = torch.linalg.svd(weight.detach(), full_matrices=False)
@@ -53,13 +54,11 @@ def aligned_init(weight: Tensor, directions: Tensor, *, norm: str | None = "fro"
     _check(weight, norm)
     if directions.dim() != 2 or directions.shape[1] != weight.shape[1] or not 1 <= len(directions) <= weight.shape[1]:
         raise ValueError(
-            f"directions has shape {tuple(directions.shape)}; expected (r, {weight.shape[1]}), r from 1 to that number"
+            f"directions must have shape (r, {weight.shape[1]}), r from 1 to that number, got {tuple(directions.shape)}"
         )
     directions = directions.detach().to(weight)
     if torch.linalg.matrix_rank(directions) < len(directions):
-        raise ValueError(
-            f"directions are {len(directions)} vectors that depend on each other; expected independent ones"
-        )
+        raise ValueError(f"directions must be independent vectors, got {len(directions)} that depend on each other")
     basis = torch.linalg.qr(directions.mT).Q
     return _scaled(weight.detach() @ basis @ basis.mT, weight.detach(), norm)
 
@@ -79,7 +78,7 @@ def effective_rank(weight: Tensor, kind: str = "entropy") -> Tensor:
         ValueError: an unknown kind, or fewer than two dimensions.
     """
     if weight.dim() < 2:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}; expected a matrix or a stack of them")
+        raise ValueError(f"weight must be a matrix or a stack of them, got shape {tuple(weight.shape)}")
     values = torch.linalg.svdvals(weight)
     square = values.square()
     if kind == "entropy":
@@ -89,16 +88,16 @@ def effective_rank(weight: Tensor, kind: str = "entropy") -> Tensor:
         return square.sum(-1).square() / square.square().sum(-1)
     if kind == "stable":
         return square.sum(-1) / square.amax(-1)
-    raise ValueError(f"kind is {kind!r}; expected 'entropy', 'participation' or 'stable'")
+    raise ValueError(f"kind must be 'entropy', 'participation' or 'stable', got {kind!r}")
 
 
 def _check(weight: Tensor, norm: str | None) -> None:
     if weight.dim() != 2 or not weight.isfinite().all():
-        raise ValueError(f"weight has shape {tuple(weight.shape)}; expected a matrix of finite numbers")
+        raise ValueError(f"weight must be a matrix of finite numbers, got shape {tuple(weight.shape)}")
     if norm not in _NORMS:
-        raise ValueError(f"norm is {norm!r}; expected one of {_NORMS}")
+        raise ValueError(f"norm must be one of {_NORMS}, got {norm!r}")
     if not weight.any():
-        raise ValueError("weight is zero; expected a matrix with at least one direction")
+        raise ValueError("weight must be a matrix with at least one direction, got one that is zero")
 
 
 def _scaled(matrix: Tensor, like: Tensor, norm: str | None) -> Tensor:
@@ -108,5 +107,5 @@ def _scaled(matrix: Tensor, like: Tensor, norm: str | None) -> Tensor:
     size = torch.linalg.matrix_norm(matrix, order)
     target = torch.linalg.matrix_norm(like, order)
     if size <= 1e-6 * target:
-        raise ValueError("directions leave nothing of weight; expected some that its rows are not orthogonal to")
+        raise ValueError("directions must leave something of weight, got some that all its rows are orthogonal to")
     return matrix * (target / size)

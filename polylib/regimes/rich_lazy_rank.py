@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from polylib import _checks
 from polylib.lab.stack import Stack
 from polylib.lab.training import seeds_of
 
@@ -48,13 +49,11 @@ def linear_rank_theory(
     Raises:
         ValueError: a number out of its range.
     """
-    if not 1 <= rank <= d:
-        raise ValueError(f"rank is {rank}; expected 1 to d = {d}")
+    _checks.integer("rank", rank, least=1, most=d)
     if not sigma > 0 or not beta_norm > 0:
-        raise ValueError(f"sigma and beta_norm are {sigma} and {beta_norm}; expected numbers above 0")
+        raise ValueError(f"sigma and beta_norm must be above 0, got {sigma} and {beta_norm}")
     cos2 = rank / d if cos2 is None else cos2
-    if not 0 <= cos2 <= 1:
-        raise ValueError(f"cos2 is {cos2}; expected 0 to 1")
+    _checks.number("cos2", cos2, least=0, most=1)
     s2 = sigma**2 / rank
     a2 = (math.sqrt(s2**2 + 4 * beta_norm**2) - s2) / 2  # the squared length of w2 at the end
     shared = s2 * (rank - 1) + (s2 + a2) * cos2 + a2 * rank
@@ -75,8 +74,7 @@ class ReluRNN(nn.Module):
 
     def __init__(self, inputs: int, hidden: int, outputs: int, *, leak: float = 1.0) -> None:
         super().__init__()
-        if not 0 < leak <= 1:
-            raise ValueError(f"leak is {leak}; expected a number above 0, at most 1")
+        _checks.number("leak", leak, above=0, most=1)
         self.leak = leak
         self.input = nn.Linear(inputs, hidden, bias=False)
         self.recurrent = nn.Linear(hidden, hidden, bias=False)

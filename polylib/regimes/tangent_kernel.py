@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vjp, vmap
 
+from polylib import _checks
+
 Params = dict[str, Tensor]
 
 
@@ -52,11 +54,10 @@ def empirical_ntk(
     names = list(params if wrt is None else wrt)
     for name in names:
         if name not in params:
-            raise ValueError(f"wrt has {name!r}; expected names among {sorted(params)}")
+            raise ValueError(f"wrt must name parameters, {sorted(params)}, got {name!r}")
     if method == "gram":
         return _gram(model, params, x, names)
-    if method != "jacobian":
-        raise ValueError(f"method is {method!r}; expected 'gram' or 'jacobian'")
+    _checks.choice("method", method, ("gram", "jacobian"))
     call = (lambda p, x: functional_call(model, p, (x,))) if isinstance(model, nn.Module) else model
     rows = jacrev(lambda p: _rows(call({**params, **p}, x), x))({name: params[name] for name in names})
     jacobian = torch.cat([part.flatten(2) for part in rows.values()], 2).flatten(0, 1)
@@ -121,14 +122,16 @@ def _linear_layers(model: Any, names: list[str]) -> dict[nn.Linear, tuple[bool, 
     """The layers that own the parameters, with whether their weight and their bias are among them."""
     if not isinstance(model, nn.Module):
         raise ValueError(
-            f"model is a {type(model).__name__}; expected a module for method 'gram', or method='jacobian'"
+            f"model must be a module for method 'gram', or method='jacobian', got a {type(model).__name__}"
         )
     wanted: dict[nn.Linear, tuple[bool, bool]] = {}
     for name in names:
         path, _, kind = name.rpartition(".")
         layer = model.get_submodule(path)
         if type(layer) is not nn.Linear:
-            raise ValueError(f"wrt has {name!r}, of a {type(layer).__name__}; expected a torch.nn.Linear for 'gram'")
+            raise ValueError(
+                f"wrt must name parameters of a torch.nn.Linear for 'gram', got {name!r}, of a {type(layer).__name__}"
+            )
         weight, bias = wanted.get(layer, (False, False))
         wanted[layer] = (weight or kind == "weight", bias or kind == "bias")
     return wanted
@@ -136,7 +139,7 @@ def _linear_layers(model: Any, names: list[str]) -> dict[nn.Linear, tuple[bool, 
 
 def _rows(output: Tensor, x: Tensor) -> Tensor:
     if output.dim() < 1 or len(output) != len(x):
-        raise ValueError(f"model returned shape {tuple(output.shape)}; expected ({len(x)}, ...), a row for each sample")
+        raise ValueError(f"model must return shape ({len(x)}, ...), a row for each sample, got {tuple(output.shape)}")
     return output.reshape(len(x), -1)
 
 
@@ -156,7 +159,7 @@ def kernel_alignment(k0: Tensor, k1: Tensor, *, center: bool = False) -> Tensor:
         ValueError: shapes that differ or are not square, or a kernel of norm zero.
     """
     if k0.shape != k1.shape or k0.dim() < 2 or k0.shape[-1] != k0.shape[-2]:
-        raise ValueError(f"k0 and k1 have shapes {tuple(k0.shape)} and {tuple(k1.shape)}; expected two of (..., m, m)")
+        raise ValueError(f"k0 and k1 must have shape (..., m, m), got {tuple(k0.shape)} and {tuple(k1.shape)}")
     if center:
         k0, k1 = (
             k - k.mean(-1, keepdim=True) - k.mean(-2, keepdim=True) + k.mean((-1, -2), keepdim=True) for k in (k0, k1)
@@ -164,7 +167,7 @@ def kernel_alignment(k0: Tensor, k1: Tensor, *, center: bool = False) -> Tensor:
     norms = [torch.linalg.matrix_norm(k) for k in (k0, k1)]
     for name, norm in zip(("k0", "k1"), norms, strict=True):
         if (norm == 0).any():
-            raise ValueError(f"{name} has norm zero; expected a kernel with an entry that is not zero")
+            raise ValueError(f"{name} must have an entry that is not zero, got a kernel of norm zero")
     return ((k0 / norms[0][..., None, None]) * (k1 / norms[1][..., None, None])).sum((-1, -2))
 
 

@@ -66,11 +66,11 @@ def test_scale_picks_the_largest_value_not_above_it(monkeypatch):
 
 
 def test_bad_sizes_raise():
-    with pytest.raises(ValueError, match="train is 1797"):
+    with pytest.raises(ValueError, match="train must be an integer from 1 to 1796, got 1797"):
         digits(train=1797)
-    with pytest.raises(ValueError, match="classes is 0"):
+    with pytest.raises(ValueError, match="classes must be an integer of at least 1, got 0"):
         shells(classes=0)
-    with pytest.raises(ValueError, match="length is 0"):
+    with pytest.raises(ValueError, match="length must be an integer of at least 1, got 0"):
         text_windows(0)
 
 

@@ -62,7 +62,7 @@ def test_both_train_as_a_stack():
 
 
 def test_sizes_that_do_not_divide_raise():
-    with pytest.raises(ValueError, match="width is 10"):
+    with pytest.raises(ValueError, match="width must be a multiple of heads = 4, got 10"):
         Attention(10, 4, True)
-    with pytest.raises(ValueError, match="samples is 21"):
+    with pytest.raises(ValueError, match="samples must be a multiple of patch = 4, got 21"):
         SignalTransformer(21, 3, feed_forward)

@@ -195,16 +195,28 @@ def test_state_dict_compile_and_channels_last():
 @pytest.mark.parametrize(
     ("make", "error", "words"),
     [
-        (lambda: EvoNorm2d(6, "S3"), ValueError, "variant is 'S3'"),
-        (lambda: EvoNorm2d(0), ValueError, "num_features is 0"),
-        (lambda: EvoNorm2d(6, groups=4), ValueError, "groups is 4; expected a divisor of num_features = 6"),
-        (lambda: EvoNorm2d(6), ValueError, "groups is 32"),
-        (lambda: EvoNorm2d(6, groups=3, eps=0), ValueError, "eps is 0"),
-        (lambda: EvoNorm2d(6, "B0", momentum=2), ValueError, "momentum is 2"),
-        (lambda: EvoNorm2d(6, groups=3)(torch.zeros(6, 5, 5)), ValueError, "x has shape"),
-        (lambda: EvoNorm2d(6, groups=3)(torch.zeros(1, 5, 5, 5)), ValueError, r"expected \(N, 6, H, W\)"),
+        (lambda: EvoNorm2d(6, "S3"), ValueError, "variant must be one of 'B0', 'B1', 'B2', 'S0', 'S1', 'S2', got 'S3'"),
+        (lambda: EvoNorm2d(0), ValueError, "num_features must be an integer of at least 1, got 0"),
+        (lambda: EvoNorm2d(6, groups=4), ValueError, "groups must be a divisor of num_features = 6, got 4"),
+        (lambda: EvoNorm2d(6), ValueError, "groups must be a divisor of num_features = 6, got 32"),
+        (lambda: EvoNorm2d(6, groups=3, eps=0), ValueError, "eps must be a finite number above 0, got 0"),
+        (lambda: EvoNorm2d(6, "B0", momentum=2), ValueError, "momentum must be a finite number from 0 to 1, got 2"),
+        (
+            lambda: EvoNorm2d(6, groups=3)(torch.zeros(6, 5, 5)),
+            ValueError,
+            r"x must have shape \(N, 6, H, W\), got \(6, 5, 5\)",
+        ),
+        (
+            lambda: EvoNorm2d(6, groups=3)(torch.zeros(1, 5, 5, 5)),
+            ValueError,
+            r"x must have shape \(N, 6, H, W\), got \(1, 5, 5, 5\)",
+        ),
         (lambda: EvoNorm2d(6, "B0")(torch.zeros(1, 6, 1, 1)), ValueError, "more than one value a channel"),
-        (lambda: EvoNorm2d(6, "B0")(torch.zeros(1, 6, 5, 5).double()), TypeError, "x is torch.float64"),
+        (
+            lambda: EvoNorm2d(6, "B0")(torch.zeros(1, 6, 5, 5).double()),
+            TypeError,
+            r"x must be torch\.float32, as the parameters, got torch\.float64",
+        ),
     ],
 )
 def test_bad_input_raises(make, error, words):

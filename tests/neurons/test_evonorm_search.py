@@ -163,16 +163,25 @@ def test_evolution_replaces_the_oldest_and_drops_the_rejected():
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: LayerGraph([]), "nodes is empty"),
-        (lambda: LayerGraph([("cosine", 0)]), "node 4 has the operation 'cosine'"),
-        (lambda: LayerGraph([("neg", 0), ("add", 0, 5)]), "node 5 has j = 5; expected an earlier node, 0 to 4"),
-        (lambda: LayerGraph([("neg", -1)]), "node 4 has i = -1"),
-        (lambda: random_graph(0, random.Random(0)), "nodes is 0"),
-        (lambda: GraphNormAct(6, KNOWN_LAYERS["Swish"], groups=4), "groups is 4"),
-        (lambda: GraphNormAct(6, KNOWN_LAYERS["Swish"])(torch.zeros(2, 5, 3, 3)), "x has shape"),
-        (lambda: stress_test(nn.Linear(2, 2), cross_entropy), "no Conv2d"),
-        (lambda: stress_test(network(nn.ReLU()), cross_entropy, 0), "steps is 0"),
-        (lambda: pareto_tournament([], 1, random.Random(0)), "size is 1; expected 1 to 0"),
+        (lambda: LayerGraph([]), "nodes must have at least one entry, got none"),
+        (lambda: LayerGraph([("cosine", 0)]), r"node 4 must have one of.*, got 'cosine'"),
+        (lambda: LayerGraph([("neg", 0), ("add", 0, 5)]), "j of node 5 must be an earlier node, 0 to 4, got 5"),
+        (lambda: LayerGraph([("neg", -1)]), "i of node 4 must be an earlier node, 0 to 3, got -1"),
+        (lambda: random_graph(0, random.Random(0)), "nodes must be an integer of at least 1, got 0"),
+        (
+            lambda: GraphNormAct(6, KNOWN_LAYERS["Swish"], groups=4),
+            "groups must be a divisor of num_features = 6, got 4",
+        ),
+        (
+            lambda: GraphNormAct(6, KNOWN_LAYERS["Swish"])(torch.zeros(2, 5, 3, 3)),
+            r"x must have shape \(N, 6, H, W\), got \(2, 5, 3, 3\)",
+        ),
+        (
+            lambda: stress_test(nn.Linear(2, 2), cross_entropy),
+            "model must have at least one Conv2d, got a Linear without",
+        ),
+        (lambda: stress_test(network(nn.ReLU()), cross_entropy, 0), "steps must be an integer of at least 1, got 0"),
+        (lambda: pareto_tournament([], 1, random.Random(0)), "size must be an integer from 1 to 0, got 1"),
     ],
 )
 def test_bad_input_raises(make, words):

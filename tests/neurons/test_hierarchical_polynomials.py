@@ -188,17 +188,29 @@ Y = torch.zeros(4)
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: pair_product_feature(torch.zeros(2, 3)), "x has 3 features; expected an even number"),
-        (lambda: hermite_link([]), "coefficients is empty"),
-        (lambda: HierarchicalPolynomial().sample(0, 4), "n is 0"),
-        (lambda: ThreeLayerResidualNet(0), "d is 0"),
-        (lambda: ThreeLayerResidualNet(4, m2=0), "m2 is 0"),
-        (lambda: ThreeLayerResidualNet(4, sigma2="relu"), "sigma2 is 'relu'"),
-        (lambda: ThreeLayerResidualNet(4).features(torch.zeros(2, 5)), r"expected \(n, 4\)"),
-        (lambda: fit_layerwise(ThreeLayerResidualNet(4), X, Y, X, Y, -1.0, 0.1), "xi1 is -1.0"),
-        (lambda: fit_layerwise(ThreeLayerResidualNet(4), X, Y, X, Y, 0.1, -1.0), "xi2 is -1.0"),
-        (lambda: fit_layerwise(ThreeLayerResidualNet(4), X, Y, X, Y, 0.1, 0.1, method="adam"), "method is 'adam'"),
-        (lambda: fit_layerwise(ThreeLayerResidualNet(4), X, Y, X[:1], Y[:1], 0.1, 0.1), "x2 has 1 samples"),
+        (lambda: pair_product_feature(torch.zeros(2, 3)), "x must have an even number of features, got 3"),
+        (lambda: hermite_link([]), "coefficients must have at least one entry, got none"),
+        (lambda: HierarchicalPolynomial().sample(0, 4), "n must be an integer of at least 1, got 0"),
+        (lambda: ThreeLayerResidualNet(0), "d must be an integer of at least 1, got 0"),
+        (lambda: ThreeLayerResidualNet(4, m2=0), "m2 must be an integer of at least 1, got 0"),
+        (lambda: ThreeLayerResidualNet(4, sigma2="relu"), "sigma2 must be 'poly2' or a function, got 'relu'"),
+        (lambda: ThreeLayerResidualNet(4).features(torch.zeros(2, 5)), r"x must have shape \(n, 4\), got \(2, 5\)"),
+        (
+            lambda: fit_layerwise(ThreeLayerResidualNet(4), X, Y, X, Y, -1.0, 0.1),
+            r"xi1 must be a finite number at least 0, got -1\.0",
+        ),
+        (
+            lambda: fit_layerwise(ThreeLayerResidualNet(4), X, Y, X, Y, 0.1, -1.0),
+            r"xi2 must be a finite number at least 0, got -1\.0",
+        ),
+        (
+            lambda: fit_layerwise(ThreeLayerResidualNet(4), X, Y, X, Y, 0.1, 0.1, method="adam"),
+            "method must be one of 'ridge', 'gd', got 'adam'",
+        ),
+        (
+            lambda: fit_layerwise(ThreeLayerResidualNet(4), X, Y, X[:1], Y[:1], 0.1, 0.1),
+            "x2 must have at least 2 samples, got 1",
+        ),
     ],
 )
 def test_bad_input_raises(make, words):

@@ -177,24 +177,44 @@ def test_the_right_algebra_finds_the_map_from_fewer_examples_than_unknowns():
 @pytest.mark.parametrize(
     ("make", "error", "words"),
     [
-        (lambda: PHMLinear(8, 6, 4), ValueError, "out_features is 6; expected a multiple of n = 4"),
-        (lambda: PHMLinear(6, 8, 4), ValueError, "in_features is 6; expected a multiple of n = 4"),
-        (lambda: PHMLinear(8, 8, 0), ValueError, "n is 0; expected an integer of at least 1"),
-        (lambda: PHMLinear(0, 8, 1), ValueError, "in_features is 0"),
+        (lambda: PHMLinear(8, 6, 4), ValueError, "out_features must be a multiple of n = 4, got 6"),
+        (lambda: PHMLinear(6, 8, 4), ValueError, "in_features must be a multiple of n = 4, got 6"),
+        (lambda: PHMLinear(8, 8, 0), ValueError, "n must be an integer of at least 1, got 0"),
+        (lambda: PHMLinear(0, 8, 1), ValueError, "in_features must be an integer of at least 1, got 0"),
         (
             lambda: PHMLinear(8, 8, 2, algebra="quaternion"),
             ValueError,
-            "of dimension 4; expected one of dimension n = 2",
+            r"algebra must be one of.*, got 'quaternion', of dimension 4",
         ),
-        (lambda: PHMLinear(8, 8, 8, algebra="octonion"), ValueError, "algebra is 'octonion'; expected one of 'real'"),
-        (lambda: PHMLinear(8, 8, 2, dtype=torch.int64), TypeError, "dtype is torch.int64"),
+        (
+            lambda: PHMLinear(8, 8, 8, algebra="octonion"),
+            ValueError,
+            "algebra must be one of 'real', 'complex', 'quaternion', got 'octonion'",
+        ),
+        (
+            lambda: PHMLinear(8, 8, 2, dtype=torch.int64),
+            TypeError,
+            r"dtype must be a floating-point dtype, got torch\.int64",
+        ),
         (lambda: PHMLinear(8, 8, 2)(torch.randn(3, 6)), ValueError, r"x must have shape \(..., I\) with I = 8"),
-        (lambda: PHConv2d(8, 8, 0, 2), ValueError, "kernel_size is 0"),
-        (lambda: PHConv2d(8, 8, (3, 3, 3), 2), ValueError, r"kernel_size is \(3, 3, 3\); expected 2 integers or one"),
-        (lambda: PHConv1d(8, 6, 3, 4), ValueError, "out_channels is 6; expected a multiple of n = 4"),
-        (lambda: PHConv2d(8, 8, 3, 2)(torch.randn(1, 4, 5, 5)), ValueError, r"expected \(batch, 8, size, size\)"),
-        (lambda: algebra_matrices("dual"), ValueError, "algebra is 'dual'"),
-        (lambda: algebra_angle(torch.ones(2, 2, 2), torch.ones(3, 3, 3)), ValueError, "expected \\(n, n, n\\)"),
+        (lambda: PHConv2d(8, 8, 0, 2), ValueError, "kernel_size must be an integer of at least 1, got 0"),
+        (lambda: PHConv2d(8, 8, (3, 3, 3), 2), ValueError, r"kernel_size must be 2 integers or one, got \(3, 3, 3\)"),
+        (lambda: PHConv1d(8, 6, 3, 4), ValueError, "out_channels must be a multiple of n = 4, got 6"),
+        (
+            lambda: PHConv2d(8, 8, 3, 2)(torch.randn(1, 4, 5, 5)),
+            ValueError,
+            r"x must have shape \(batch, 8, size, size\), got \(1, 4, 5, 5\)",
+        ),
+        (
+            lambda: algebra_matrices("dual"),
+            ValueError,
+            "algebra must be one of 'real', 'complex', 'quaternion', got 'dual'",
+        ),
+        (
+            lambda: algebra_angle(torch.ones(2, 2, 2), torch.ones(3, 3, 3)),
+            ValueError,
+            r"b must have shape \(n, n, n\), the same for both, got \(3, 3, 3\)",
+        ),
     ],
 )
 def test_bad_input_raises(make, error, words):

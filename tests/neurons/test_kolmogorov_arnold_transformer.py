@@ -150,16 +150,32 @@ def test_trains_as_a_stack():
 @pytest.mark.parametrize(
     ("make", "error", "words"),
     [
-        (lambda: GroupRational(10, 4), ValueError, "groups is 4; expected a divisor of dim = 10"),
-        (lambda: GroupRational(0), ValueError, "dim is 0"),
-        (lambda: GroupRational(8, init="sine"), ValueError, "init is 'sine'"),
-        (lambda: GroupRational(8, variant="C"), ValueError, "variant is 'C'"),
-        (lambda: GroupRational(8, init="relu", variant="B"), ValueError, "'relu' has no fit for variant 'B'"),
-        (lambda: GroupRational(8, order=(3, 2)), ValueError, r"order is \(3, 2\)"),
-        (lambda: GroupRational(8)(torch.randn(2, 16)), ValueError, "x has shape"),
+        (lambda: GroupRational(10, 4), ValueError, "groups must be a divisor of dim = 10, got 4"),
+        (lambda: GroupRational(0), ValueError, "dim must be an integer of at least 1, got 0"),
+        (
+            lambda: GroupRational(8, init="sine"),
+            ValueError,
+            "init must be one of 'identity', 'swish', 'gelu', 'relu', got 'sine'",
+        ),
+        (lambda: GroupRational(8, variant="C"), ValueError, "variant must be one of 'A', 'B', got 'C'"),
+        (
+            lambda: GroupRational(8, init="relu", variant="B"),
+            ValueError,
+            "init must have a fit for variant 'B', got 'relu'",
+        ),
+        (
+            lambda: GroupRational(8, order=(3, 2)),
+            ValueError,
+            r"order must be at least \(5, 4\) for init 'swish', got \(3, 2\)",
+        ),
+        (lambda: GroupRational(8)(torch.randn(2, 16)), ValueError, r"x must have shape \(\.\.\., 8\), got \(2, 16\)"),
         (lambda: GroupRational(8)(torch.ones(2, 8, dtype=torch.int64)), TypeError, "x must have a real"),
-        (lambda: GRKANLinear(8, 0), ValueError, "out_features is 0"),
-        (lambda: rational_gain(torch.ones(1, 2), torch.ones(1, 1), "a"), ValueError, "variant is 'a'"),
+        (lambda: GRKANLinear(8, 0), ValueError, "out_features must be an integer of at least 1, got 0"),
+        (
+            lambda: rational_gain(torch.ones(1, 2), torch.ones(1, 1), "a"),
+            ValueError,
+            "variant must be one of 'A', 'B', got 'a'",
+        ),
         (lambda: rational_gain(torch.ones(2), torch.ones(1, 1)), ValueError, r"expected \(groups, m \+ 1\)"),
     ],
 )

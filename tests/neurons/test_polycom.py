@@ -133,15 +133,15 @@ def test_half_precision_does_not_overflow_inside(make):
 @pytest.mark.parametrize(
     ("make", "error", "words"),
     [
-        (lambda: PolyReLU(0), ValueError, "order is 0"),
-        (lambda: PolyNorm(1.5), ValueError, "order is 1.5"),
-        (lambda: PolyNorm(3, init=(1, 2)), ValueError, "init has 2 values; expected order = 3"),
-        (lambda: PolyNorm(eps=0), ValueError, "eps is 0"),
-        (lambda: PolyReLU(dtype=torch.int64), TypeError, "dtype is torch.int64"),
+        (lambda: PolyReLU(0), ValueError, "order must be an integer of at least 1, got 0"),
+        (lambda: PolyNorm(1.5), ValueError, r"order must be an integer of at least 1, got 1\.5"),
+        (lambda: PolyNorm(3, init=(1, 2)), ValueError, "init must have order = 3 values, highest power first, got 2"),
+        (lambda: PolyNorm(eps=0), ValueError, "eps must be a finite number above 0, got 0"),
+        (lambda: PolyReLU(dtype=torch.int64), TypeError, r"dtype must be a floating-point dtype, got torch\.int64"),
         (lambda: PolyReLU()(torch.ones(3, dtype=torch.int64)), TypeError, "x must have a real floating-point dtype"),
         (lambda: PolyNorm()(torch.ones(3, dtype=torch.int64)), TypeError, "x must have a real floating-point dtype"),
         (lambda: PolyNorm()(torch.ones(2, 0)), ValueError, r"x must have shape \(..., H\) with H >= 1"),
-        (lambda: PolyNorm(dim=2)(torch.ones(2, 3)), ValueError, "x has 2 dimensions; expected one that dim = 2 names"),
+        (lambda: PolyNorm(dim=2)(torch.ones(2, 3)), ValueError, "x must have the dimension dim = 2, got 2 dimensions"),
         (lambda: PolyNorm()(torch.ones(2, 3, device="meta")), ValueError, "weight must be on the device of x, meta"),
     ],
 )

@@ -165,21 +165,53 @@ def test_shrinking_goes_towards_the_conventional_neuron():
 @pytest.mark.parametrize(
     ("make", "error", "words"),
     [
-        (lambda: QuadraticLinear(0, 3), ValueError, "in_features is 0"),
-        (lambda: QuadraticLinear(3, -1), ValueError, "out_features is -1"),
-        (lambda: QuadraticLinear(3, 3, init="zeros"), ValueError, "init is 'zeros'"),
-        (lambda: QuadraticLinear(3, 3, dtype=torch.int64), TypeError, "dtype is torch.int64"),
+        (lambda: QuadraticLinear(0, 3), ValueError, "in_features must be an integer of at least 1, got 0"),
+        (lambda: QuadraticLinear(3, -1), ValueError, "out_features must be an integer of at least 1, got -1"),
+        (
+            lambda: QuadraticLinear(3, 3, init="zeros"),
+            ValueError,
+            "init must be one of 'relinear', 'random', got 'zeros'",
+        ),
+        (
+            lambda: QuadraticLinear(3, 3, dtype=torch.int64),
+            TypeError,
+            r"dtype must be a floating-point dtype, got torch\.int64",
+        ),
         (lambda: QuadraticLinear(3, 3)(torch.randn(2, 4)), ValueError, "x"),
-        (lambda: QuadraticLinear(3, 3, compact=True)(torch.randn(2, 4)), ValueError, "x has 4 features"),
+        (
+            lambda: QuadraticLinear(3, 3, compact=True)(torch.randn(2, 4)),
+            ValueError,
+            "x must have in_features = 3 features, got 4",
+        ),
         (lambda: QuadraticLinear(3, 3)(torch.ones(2, 3, dtype=torch.int64)), TypeError, "x"),
         (lambda: QuadraticLinear(3, 3, compact=True)(torch.ones(2, 3, dtype=torch.int64)), TypeError, "x"),
         (lambda: QuadraticLinear(3, 3)(torch.randn(2, 3, device="meta")), ValueError, "x|device"),
-        (lambda: QuadraticConv2d(3, 3, 0), ValueError, "kernel_height is 0"),
-        (lambda: QuadraticConv2d(3, 3, 3)(torch.randn(1, 4, 8, 8)), ValueError, "x has shape"),
-        (lambda: QuadraticConv2d(3, 3, 3)(torch.ones(1, 3, 8, 8, dtype=torch.int64)), TypeError, "x is torch.int64"),
-        (lambda: relinear_param_groups(nn.Linear(2, 2), 0.1, 0.1, 0.1), ValueError, "no quadratic layer"),
-        (lambda: relinear_param_groups(QuadraticLinear(2, 2), 0.1, -0.1, 0.1), ValueError, "gamma_g is -0.1"),
-        (lambda: relinear_shrink_(QuadraticLinear(2, 2), 0.1, 1.1), ValueError, "alpha_b is 1.1"),
+        (lambda: QuadraticConv2d(3, 3, 0), ValueError, "kernel_height must be an integer of at least 1, got 0"),
+        (
+            lambda: QuadraticConv2d(3, 3, 3)(torch.randn(1, 4, 8, 8)),
+            ValueError,
+            r"x must have shape \(batch, 3, height, width\), got \(1, 4, 8, 8\)",
+        ),
+        (
+            lambda: QuadraticConv2d(3, 3, 3)(torch.ones(1, 3, 8, 8, dtype=torch.int64)),
+            TypeError,
+            r"x must be torch\.float32, as the weights, got torch\.int64",
+        ),
+        (
+            lambda: relinear_param_groups(nn.Linear(2, 2), 0.1, 0.1, 0.1),
+            ValueError,
+            "module must have at least one quadratic layer, got a Linear without",
+        ),
+        (
+            lambda: relinear_param_groups(QuadraticLinear(2, 2), 0.1, -0.1, 0.1),
+            ValueError,
+            r"gamma_g must be a finite number at least 0, got -0\.1",
+        ),
+        (
+            lambda: relinear_shrink_(QuadraticLinear(2, 2), 0.1, 1.1),
+            ValueError,
+            r"alpha_b must be a finite number from 0 to 1, got 1\.1",
+        ),
     ],
 )
 def test_bad_input_raises(make, error, words):

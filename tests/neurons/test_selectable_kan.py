@@ -156,21 +156,36 @@ X, Y = torch.zeros(1, 4, 2), torch.zeros(1, 4, 1)
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: SelectableKANLinear(0, 1), "in_features is 0"),
-        (lambda: SelectableKANLinear(2, 1, pool=()), "pool is"),
-        (lambda: SelectableKANLinear(2, 1, pool=("sine",)), "pool is"),
-        (lambda: SelectableKANLinear(2, 1, pool=("rbf", "rbf")), "pool is"),
-        (lambda: SelectableKANLinear(2, 1, n_basis=3), "n_basis is 3"),
-        (lambda: SelectableKANLinear(2, 1, grid_range=(1.0, 1.0)), "grid_range is"),
-        (lambda: SelectableKANLinear(2, 1)(torch.zeros(3, 4)), r"x has shape \(3, 4\)"),
-        (lambda: SelectableKANLinear(2, 1)(torch.tensor([[0.0, float("nan")]])), "not finite"),
-        (lambda: SelectableKANLinear(2, 1).prune(torch.zeros(2, 5), 0), "keep is 0"),
+        (lambda: SelectableKANLinear(0, 1), "in_features must be an integer of at least 1, got 0"),
+        (lambda: SelectableKANLinear(2, 1, pool=()), r"pool must be different names.*, got \(\)"),
+        (lambda: SelectableKANLinear(2, 1, pool=("sine",)), r"pool must be different names.*, got \('sine',\)"),
+        (
+            lambda: SelectableKANLinear(2, 1, pool=("rbf", "rbf")),
+            r"pool must be different names.*, got \('rbf', 'rbf'\)",
+        ),
+        (lambda: SelectableKANLinear(2, 1, n_basis=3), r"n_basis must be an integer.*, got 3"),
+        (
+            lambda: SelectableKANLinear(2, 1, grid_range=(1.0, 1.0)),
+            r"grid_range must be two increasing numbers, got \(1\.0, 1\.0\)",
+        ),
+        (lambda: SelectableKANLinear(2, 1)(torch.zeros(3, 4)), r"x must have shape \(\.\.\., 2\), got \(3, 4\)"),
+        (
+            lambda: SelectableKANLinear(2, 1)(torch.tensor([[0.0, float("nan")]])),
+            "x must be finite, got values that are not",
+        ),
+        (lambda: SelectableKANLinear(2, 1).prune(torch.zeros(2, 5), 0), "keep must be an integer from 1 to 5, got 0"),
         (lambda: SelectableKANLinear(2, 1).prune(torch.zeros(2, 5), 6), "from 1 to 5"),
-        (lambda: SelectableKANLinear(2, 1).prune(torch.zeros(3, 5), 1), "scores has shape"),
+        (lambda: SelectableKANLinear(2, 1).prune(torch.zeros(3, 5), 1), r"scores must have shape \(2, 5\)"),
         (lambda: train_skan([], X, Y, steps=10), "models must be at least one"),
-        (lambda: train_skan([nn.Linear(2, 1)], X, Y, steps=10), "no SelectableKANLinear"),
-        (lambda: train_skan([SelectableKANLinear(2, 1)], X, Y, steps=10, keep=6), "keep is 6"),
-        (lambda: train_skan([SelectableKANLinear(2, 1)], X, Y, steps=10, stages=(0.5, 0.5, 0.5)), "stages is"),
+        (lambda: train_skan([nn.Linear(2, 1)], X, Y, steps=10), "at least one SelectableKANLinear"),
+        (
+            lambda: train_skan([SelectableKANLinear(2, 1)], X, Y, steps=10, keep=6),
+            "keep must be an integer from 1 to 5, got 6",
+        ),
+        (
+            lambda: train_skan([SelectableKANLinear(2, 1)], X, Y, steps=10, stages=(0.5, 0.5, 0.5)),
+            "stages must be three shares",
+        ),
     ],
 )
 def test_bad_input_raises(make, words):

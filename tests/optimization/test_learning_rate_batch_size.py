@@ -153,28 +153,28 @@ def test_a_curvature_that_says_nothing_leaves_the_settings_alone(scale):
 
 
 def test_bad_input_raises():
-    with pytest.raises(ValueError, match="lam1 is 0"):
+    with pytest.raises(ValueError, match="lam1 must be a finite number above 0, got 0"):
         batch_top_eigenvalue(0, 1, 4)
-    with pytest.raises(ValueError, match="noise is -1"):
+    with pytest.raises(ValueError, match="noise must be a finite number at least 0, got -1"):
         batch_top_eigenvalue(1, -1, 4)
-    with pytest.raises(ValueError, match="batch_size is 11; expected 1 to 10"):
+    with pytest.raises(ValueError, match="batch_size must be from 1 to 10, the data's size, got 11"):
         batch_top_eigenvalue(1, 1, 11, 10)
-    with pytest.raises(ValueError, match="model is 'wishart'"):
+    with pytest.raises(ValueError, match="model must be one of 'hessian', 'ggn', got 'wishart'"):
         batch_top_eigenvalue(1, 1, 4, model="wishart")
-    with pytest.raises(ValueError, match="dim is None"):
+    with pytest.raises(ValueError, match="dim must be the number of parameters, at least 1, got None"):
         batch_top_eigenvalue(1, 1, 4, model="ggn")
-    with pytest.raises(ValueError, match="direction is zero"):
+    with pytest.raises(ValueError, match="direction must be finite and not zero, got one that is not"):
         hessian_noise(lambda p, x: (p["w"] * x).sum(), {"w": torch.ones(2)}, torch.zeros(2), torch.ones(3, 2))
-    with pytest.raises(ValueError, match="rates has 2 entries, losses 3"):
+    with pytest.raises(ValueError, match="rates must ascend, one for each of the 3 losses, got 2 rates"):
         max_learning_rate([1.0, 2.0], torch.ones(3), 1)
     ritz = lanczos(lambda v: v, torch.ones(3), 1)
-    with pytest.raises(ValueError, match="rule is 'mean'"):
+    with pytest.raises(ValueError, match="rule must be one of 'median', 'minimum', got 'mean'"):
         lr_momentum_from_spectrum(ritz.ritz, ritz.weights, "mean")
     with pytest.raises(ValueError, match="no rate follows from a flat loss"):
         lr_momentum_from_spectrum(torch.zeros(3), torch.ones(3) / 3)
-    with pytest.raises(ValueError, match="ritz is empty or not finite"):
+    with pytest.raises(ValueError, match="ritz must be finite, with at least one value, got one that is not"):
         lr_momentum_from_spectrum(torch.tensor([]), torch.tensor([]))
-    with pytest.raises(ValueError, match="num_steps is 0"):
+    with pytest.raises(ValueError, match="num_steps must be an integer of at least 1, got 0"):
         SpectralSGD([nn.Parameter(torch.ones(2))], num_steps=0)
-    with pytest.raises(ValueError, match="losses is empty"):
+    with pytest.raises(ValueError, match="losses must have at least one function, got none"):
         SpectralSGD([nn.Parameter(torch.ones(2))]).refresh([])

@@ -235,17 +235,17 @@ def test_a_stack_of_decoders_trains_on_text_as_one_does():
 
 
 def test_bad_input_raises():
-    with pytest.raises(ValueError, match="dim is 30 with num_heads 4"):
+    with pytest.raises(ValueError, match=r"dim must give each head.*, got 30 for num_heads = 4"):
         QKNormAttention(30, 4)
     with pytest.raises(ValueError, match="even number of features"):
         QKNormAttention(12, 4)
-    with pytest.raises(ValueError, match=r"target has shape \(3,\)"):
+    with pytest.raises(ValueError, match=r"target must have shape \(4,\), as the logits, got \(3,\)"):
         cross_entropy_z_loss(torch.ones(4, 2), torch.zeros(3, dtype=torch.long))
-    with pytest.raises(ValueError, match="z_coeff is -1"):
+    with pytest.raises(ValueError, match="z_coeff must be a finite number at least 0, got -1"):
         cross_entropy_z_loss(torch.ones(3, 2), torch.zeros(3, dtype=torch.long), -1)
     with pytest.raises(IndexError):
         cross_entropy_z_loss(torch.ones(3, 2), torch.tensor([0, 1, 2]))
-    with pytest.raises(ValueError, match="lr is 0"):
+    with pytest.raises(ValueError, match=r"lr must be a number above 0 with independent weight decay, got 0\.0"):
         AdamWIndependent([nn.Parameter(torch.ones(2))], lr=0.0)
-    with pytest.raises(ValueError, match="base_fan_in is 0"):
+    with pytest.raises(ValueError, match="base_fan_in must be an integer of at least 1, got 0"):
         mu_param_groups(decoder(), 0.1, 0)

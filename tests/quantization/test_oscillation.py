@@ -139,13 +139,22 @@ def test_annealing_calms_the_flips():
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: OscillationMeter(nn.Linear(2, 2)), r"layers is \[\]; expected some"),
-        (lambda: OscillationMeter(layer(torch.ones(2, 2)), ["1"]), r"layers is \['1'\]; expected some .* \['0'\]"),
+        (lambda: OscillationMeter(nn.Linear(2, 2)), r"layers must be some of the quantised layers \[\], got \[\]"),
+        (
+            lambda: OscillationMeter(layer(torch.ones(2, 2)), ["1"]),
+            r"layers must be some of the quantised layers \['0'\], got \['1'\]",
+        ),
         (lambda: OscillationMeter(layer(torch.ones(2, 2))).summary(), "no update was made"),
-        (lambda: confidence_mask(torch.ones(2, 2), 2, 0.0), "boundary_range is 0.0"),
-        (lambda: confidence_mask(torch.ones(2, 2), 0, 0.1), "bits is 0"),
+        (
+            lambda: confidence_mask(torch.ones(2, 2), 2, 0.0),
+            r"boundary_range must be a finite number above 0, at most 0\.5, got 0\.0",
+        ),
+        (lambda: confidence_mask(torch.ones(2, 2), 0, 0.1), "bits must be an integer from 1 to 16, got 0"),
         (lambda: confidence_guided(None, nn.Linear(2, 2)).__enter__(), "no weight quantised by StatsQuantizer"),
-        (lambda: confidence_guided(None, layer(torch.ones(2, 2)), 0.6).__enter__(), "boundary_range is 0.6"),
+        (
+            lambda: confidence_guided(None, layer(torch.ones(2, 2)), 0.6).__enter__(),
+            r"boundary_range must be a finite number above 0, at most 0\.5, got 0\.6",
+        ),
     ],
 )
 def test_bad_input_raises(make, words):

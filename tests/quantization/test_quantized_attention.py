@@ -123,7 +123,7 @@ def test_stacked(kind):
 
 
 def test_bad_input_raises():
-    with pytest.raises(ValueError, match="dim is 8; expected a multiple of heads = 3"):
+    with pytest.raises(ValueError, match="dim must be a multiple of heads = 3, got 8"):
         QKReparamAttention(8, 3, 2)
-    with pytest.raises(ValueError, match="bits is 0"):
+    with pytest.raises(ValueError, match="bits must be an integer from 1 to 16, got 0"):
         QuantizedAttention(8, 2, 0)

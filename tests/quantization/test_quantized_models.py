@@ -102,11 +102,14 @@ def test_a_stored_weight_comes_back(bits):
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: quantize_model(nn.ReLU(), 2), "no linear or convolutional layer"),
-        (lambda: quantize_model(network(), {"3": 2}), "bits names '3'"),
+        (lambda: quantize_model(nn.ReLU(), 2), "model must have a linear or convolutional layer, got a ReLU without"),
+        (
+            lambda: quantize_model(network(), {"3": 2}),
+            "bits must name linear or convolutional layers, 0, 4, 5, got '3'",
+        ),
         (lambda: pack_codes(torch.tensor([2]), 2), "codes must be whole numbers from -2 to 1 for 2 bits"),
         (lambda: pack_codes(torch.tensor([0.5]), 2), "codes must be whole numbers"),
-        (lambda: pack_codes(torch.tensor([0]), 9), "bits is 9; expected an integer from 1 to 8"),
+        (lambda: pack_codes(torch.tensor([0]), 9), "bits must be an integer from 1 to 8, got 9"),
         (lambda: unpack_codes(torch.zeros(1, dtype=torch.uint8), 3, 3), "count is 3; 1 bytes hold 2 codes of 3 bits"),
     ],
 )

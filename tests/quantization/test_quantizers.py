@@ -199,17 +199,26 @@ def test_lsq_state_is_saved_and_loaded():
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: UniformQuantizer(1), "bits is 1; expected an integer from 2 to 16"),
-        (lambda: UniformQuantizer(17), "bits is 17"),
-        (lambda: UniformQuantizer(0, symmetric=False), "bits is 0; expected an integer from 1 to 16"),
-        (lambda: FixedPointQuantizer(1), "bits is 1; expected an integer from 2 to 16"),
-        (lambda: StatsQuantizer(0), "bits is 0"),
-        (lambda: LSQQuantizer(2.5), "bits is 2.5"),
-        (lambda: UniformQuantizer(2)(torch.zeros(0, 3)), r"x has shape \(0, 3\)"),
-        (lambda: StatsQuantizer(2)(torch.zeros(3, 0)), r"x has shape \(3, 0\)"),
-        (lambda: LSQQuantizer(2)(torch.zeros(0)), r"first tensor has shape \(0,\)"),
-        (lambda: UniformQuantizer(2).integers(torch.tensor([1.0, float("nan")])), "not finite"),
-        (lambda: StatsQuantizer(2).integers(torch.tensor([[1.0, float("inf")]])), "not finite"),
+        (lambda: UniformQuantizer(1), "bits must be an integer from 2 to 16, got 1"),
+        (lambda: UniformQuantizer(17), "bits must be an integer from 2 to 16, got 17"),
+        (lambda: UniformQuantizer(0, symmetric=False), "bits must be an integer from 1 to 16, got 0"),
+        (lambda: FixedPointQuantizer(1), "bits must be an integer from 2 to 16, got 1"),
+        (lambda: StatsQuantizer(0), "bits must be an integer from 1 to 16, got 0"),
+        (lambda: LSQQuantizer(2.5), r"bits must be an integer from 1 to 16, got 2\.5"),
+        (lambda: UniformQuantizer(2)(torch.zeros(0, 3)), r"x must have entries, got shape \(0, 3\)"),
+        (lambda: StatsQuantizer(2)(torch.zeros(3, 0)), r"x must have entries, got shape \(3, 0\)"),
+        (
+            lambda: LSQQuantizer(2)(torch.zeros(0)),
+            r"the first tensor must have entries, for the step, got shape \(0,\)",
+        ),
+        (
+            lambda: UniformQuantizer(2).integers(torch.tensor([1.0, float("nan")])),
+            "x must be finite, got entries that are not",
+        ),
+        (
+            lambda: StatsQuantizer(2).integers(torch.tensor([[1.0, float("inf")]])),
+            "x must be finite, got entries that are not",
+        ),
     ],
 )
 def test_bad_input_raises(make, words):

@@ -43,17 +43,17 @@ def test_dtype_and_gradient():
 
 
 def test_low_rank_errors():
-    with pytest.raises(ValueError, match=r"rank is 0; expected an integer from 1 to 3"):
+    with pytest.raises(ValueError, match="rank must be an integer from 1 to 3, got 0"):
         low_rank_init(draw(3, 4), 0)
-    with pytest.raises(ValueError, match="rank is 4"):
+    with pytest.raises(ValueError, match="rank must be an integer from 1 to 3, got 4"):
         low_rank_init(draw(3, 4), 4)
-    with pytest.raises(ValueError, match="expected a matrix of finite numbers"):
+    with pytest.raises(ValueError, match=r"weight must be a matrix of finite numbers, got shape \(3,\)"):
         low_rank_init(draw(3), 1)
-    with pytest.raises(ValueError, match="expected a matrix of finite numbers"):
+    with pytest.raises(ValueError, match=r"weight must be a matrix of finite numbers, got shape \(2, 2\)"):
         low_rank_init(torch.full((2, 2), math.nan), 1)
-    with pytest.raises(ValueError, match="norm is 'l1'"):
+    with pytest.raises(ValueError, match=r"norm must be one of \('fro', 'spectral', None\), got 'l1'"):
         low_rank_init(draw(3, 3), 1, norm="l1")
-    with pytest.raises(ValueError, match="weight is zero"):
+    with pytest.raises(ValueError, match=r"weight must be a matrix.*, got one that is zero"):
         low_rank_init(torch.zeros(3, 3), 1)
 
 
@@ -70,11 +70,11 @@ def test_aligned_start_sees_only_its_directions():
 
 
 def test_aligned_errors():
-    with pytest.raises(ValueError, match=r"directions has shape \(2, 5\)"):
+    with pytest.raises(ValueError, match=r"directions must have shape \(r, 6\), r from 1 to that number, got \(2, 5\)"):
         aligned_init(draw(4, 6), draw(2, 5))
     with pytest.raises(ValueError, match="depend on each other"):
         aligned_init(draw(4, 6), torch.ones(2, 6))
-    with pytest.raises(ValueError, match="leave nothing"):
+    with pytest.raises(ValueError, match=r"directions must leave something of.*, got some that all"):
         aligned_init(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]]))
 
 
