@@ -81,6 +81,88 @@ def test_a_batched_knob_needs_one_run_for_all_its_values():
     assert calls == [0, 1]
 
 
+def test_what_all_values_of_the_batched_knob_share_is_returned_once():
+    def run(slope, offset):
+        each = {"y": np.stack([line(s, offset)["y"] for s in slope])}
+        return each, {"ends": [s + offset for s in slope], "offset": offset}
+
+    def view(result, point):
+        return go.Figure(go.Scatter(x=[point["slope"]], y=[result["ends"][KNOBS["slope"].index(point["slope"])]]))
+
+    for sweep in (Sweep(run, KNOBS, view, batch="slope"), Sweep(run, KNOBS, view, batch="slope")):  # computed, recalled
+        for point in sweep.points():
+            result = sweep.result(**point)
+            np.testing.assert_array_equal(result["y"], line(**point)["y"])
+            assert result["ends"].tolist() == [slope + point["offset"] for slope in KNOBS["slope"]]
+            assert int(result["offset"]) == point["offset"]
+            assert sweep.figure(**point).data[0].y == (point["slope"] + point["offset"],)
+
+
+@pytest.mark.parametrize(
+    ("returned", "error", "words"),
+    [
+        (({"y": [1, 2]}, {"y": [1, 2]}), ValueError, "each name once, got 'y' in both"),
+        (({"y": 1}, {}), ValueError, r"'y' with a first axis of 2.* second dict.*got shape \(\)"),
+        (({}, {}), TypeError, "at least one entry"),
+        (({"y": [1, 2]}, 3), TypeError, "a pair of dicts, got a tuple"),
+    ],
+)
+def test_a_pair_that_does_not_fit_raises(returned, error, words):
+    with pytest.raises(error, match=words):
+        Sweep(lambda slope: returned, {"slope": [1, 2]}, draw, batch="slope").result(slope=1)
+
+
+def test_a_pair_needs_a_batched_knob():
+    with pytest.raises(ValueError, match="one dict where no knob is batched, got a pair"):
+        Sweep(lambda slope: ({"y": 1}, {"z": 2}), {"slope": [1, 2]}, draw).result(slope=1)
+
+
+def test_values_of_any_kind_stand_under_labels():
+    knobs = {
+        "weights": {"ones": np.ones(3), "ramp": [1, 2, 3], "both": {"a": 1}},
+        "function": {"abs": abs, "neg": lambda x: -x},
+    }
+
+    def run(weights, function):
+        values = list(weights.values()) if isinstance(weights, dict) else weights
+        return {"y": [function(-value) for value in values]}
+
+    sweep = Sweep(run, knobs, draw_titled, start={"weights": "ramp"})
+    assert [knob["values"] for knob in content(sweep.html())["knobs"]] == [["ones", "ramp", "both"], ["abs", "neg"]]
+    assert sweep.result(weights="ramp", function="abs")["y"].tolist() == [1, 2, 3]
+    assert sweep.result(weights=[1, 2, 3], function=abs)["y"].tolist() == [1, 2, 3]
+    assert [sweep.figure(**point).layout.title.text for point in sweep.points()][:2] == ["ndarray", "ndarray"]
+    assert sweep.start["weights"] == [1, 2, 3]
+
+
+def draw_titled(result, point):
+    return go.Figure(go.Scatter(y=result["y"]), layout={"title": type(point["weights"]).__name__})
+
+
+def test_labels_that_name_another_value_are_refused():
+    with pytest.raises(ValueError, match="labels that name no other value, got 'b'"):
+        Sweep(lambda k: {"y": 1}, {"k": {"b": "a", "a": "c"} | {"c": "b"}}, draw)
+    with pytest.raises(TypeError, match="text as its labels, got 1"):
+        Sweep(lambda k: {"y": 1}, {"k": {1: "a"}}, draw)
+
+
+def test_a_short_grid_runs_in_this_process_and_a_long_one_does_not(monkeypatch):
+    def run(slope, offset):
+        time.sleep(pause)
+        return {"process": os.getpid()}
+
+    def processes():
+        sweep = Sweep(run, KNOBS, draw)
+        sweep.compute()
+        return {int(sweep.result(**point)["process"]) for point in sweep.points()}
+
+    pause = 0.0
+    assert processes() == {os.getpid()}
+    monkeypatch.setattr("polylib.lab.grid.SHORT", 0.5)
+    pause = 0.4
+    assert os.getpid() in processes() and len(processes()) > 1
+
+
 def test_finished_points_are_found_again_and_changed_code_is_not():
     calls = []
 
