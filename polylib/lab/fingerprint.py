@@ -1,113 +1,72 @@
 """A name for what a function computes: a stored result is found again, and never found when it would be wrong."""
 
-import hashlib
-import inspect
-import sys
-from functools import cache, partial
-from pathlib import Path
-from types import CodeType, FunctionType, ModuleType
-from typing import Any
+import platform
+from functools import cache
+from typing import Any, NamedTuple
 
-import joblib
 import numpy as np
 import torch
 
-import polylib
+from polylib.lab import closure
+from polylib.lab.reading import Reader
+from polylib.lab.scales import scale
 
 
-def fingerprint(function: Any) -> str:
-    """A digest of a function and of all that its result depends on, equal in every process.
+class Fingerprint(NamedTuple):
+    """What a function is known by.
 
-    It covers the bytecode, defaults and closure of the function, the values of the globals that it names, the same of
-    every function that it calls from the notebook, the source of polylib, and the versions of torch and numpy.
-    Functions of other libraries count by their names.
+    Attributes:
+        digest: of the function and all that it reaches. The same in every process where `unread` is None, and
+            otherwise good within this process only.
+        unread: the first thing that it reaches and that can't be read for certain, in words; None if there is none.
+        parts: the digest of each global and each closed-over value that the function itself names.
     """
-    digest = hashlib.sha256(f"{_library()} {torch.__version__} {np.__version__}".encode())
-    _feed(digest, function, set())
-    return digest.hexdigest()[:32]
+
+    digest: str
+    unread: str | None
+    parts: dict[str, str]
+
+
+def fingerprint(function: Any) -> Fingerprint:
+    """Read a function, and all code and data that its result depends on, as far as Python can see.
+
+    It counts the bytecode, defaults, closure and attributes of the function and of each function that it reaches: by
+    global names, by modules of the reader, imported above or inside the function, by methods, inherited ones too, by
+    properties and other descriptors, by partial and cached functions, by callable objects and networks. Data counts
+    by content and type. Code of polylib counts by the files that it imports, other packages by name and version.
+
+    Not seen are files and environment variables that the function reads, and what a user changes inside the modules
+    of other packages. Results that depend on those must take them as a knob.
+    """
+    reader = Reader()
+    digest = reader.digest(function)
+    modules = closure.of_modules(sorted(reader.of_polylib))
+    whole = reader.join("run", digest, _surroundings(), closure.digest(modules), *sorted(reader.versions))
+    return Fingerprint(whole, reader.unread, reader.parts)
 
 
 def content(value: Any) -> str | None:
     """A digest of a value of any kind and of its type, equal in every process; None where it can't be read."""
-    digest = hashlib.sha256()
-    try:
-        _feed(digest, value, set())
-    except TypeError:
+    reader = Reader()
+    digest = reader.digest(value)
+    if reader.unread is not None:
         return None
-    return digest.hexdigest()[:32]
+    return reader.join("value", digest, closure.digest(closure.of_modules(sorted(reader.of_polylib))))
+
+
+def _surroundings() -> str:
+    """What changes the numbers of any function: versions, the processor, and torch's settings."""
+    settings = (
+        torch.get_default_dtype(),
+        torch.get_default_device(),
+        torch.get_float32_matmul_precision(),
+        torch.are_deterministic_algorithms_enabled(),
+        scale(),
+    )
+    return f"{_machine()} {settings}"
 
 
 @cache
-def _library() -> str:
-    """A digest of polylib's own source."""
-    root = Path(polylib.__file__).parent
-    files = sorted(root.rglob("*.py"))
-    return hashlib.sha256(b"\0".join(str(f.relative_to(root)).encode() + f.read_bytes() for f in files)).hexdigest()
-
-
-def _feed(digest: Any, value: Any, seen: set[int]) -> None:
-    """Add `value` to the digest. Objects that were seen before are skipped, which ends recursion."""
-    digest.update(type(value).__qualname__.encode())
-    if isinstance(value, FunctionType | type | CodeType | ModuleType | partial) or inspect.ismethod(value):
-        if id(value) in seen:
-            return
-        seen.add(id(value))
-    if isinstance(value, CodeType):
-        digest.update(value.co_code)
-        digest.update(" ".join(value.co_names + value.co_varnames).encode())
-        for constant in value.co_consts:
-            _feed(digest, constant, seen)
-    elif isinstance(value, partial):
-        _feed(digest, [value.func, value.args, value.keywords], seen)
-    elif inspect.ismethod(value):
-        _feed(digest, [value.__func__, value.__self__], seen)
-    elif isinstance(value, FunctionType) and _is_local(value):
-        _feed(digest, [value.__code__, value.__defaults__, value.__kwdefaults__], seen)
-        _feed(digest, [cell.cell_contents for cell in value.__closure__ or ()], seen)
-        for name in _names(value.__code__):
-            if name in value.__globals__:
-                _feed(digest, value.__globals__[name], seen)
-    elif isinstance(value, type) and _is_local(value):
-        for name, member in sorted(vars(value).items()):
-            if isinstance(member, staticmethod | classmethod):
-                member = member.__func__
-            if isinstance(member, FunctionType) or not name.startswith("__"):
-                _feed(digest, member, seen)
-    elif isinstance(value, ModuleType):
-        digest.update(value.__name__.encode())
-    elif isinstance(value, FunctionType | type) or inspect.isbuiltin(value):
-        digest.update(f"{value.__module__}.{value.__qualname__}".encode())
-    elif isinstance(value, torch.Tensor):
-        _feed(digest, value.detach().cpu().numpy(), seen)
-    elif isinstance(value, dict):
-        _feed(digest, list(value.items()), seen)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            _feed(digest, item, seen)
-    elif isinstance(value, set | frozenset):
-        digest.update(" ".join(sorted(map(repr, value))).encode())
-    else:
-        try:
-            digest.update(joblib.hash(value).encode())
-        except Exception as error:
-            kind = type(value).__qualname__
-            raise TypeError(f"run depends on a {kind}, which has no stable content; expected data ({error})") from error
-
-
-def _is_local(value: Any) -> bool:
-    """Whether the reader wrote this: it comes from the notebook or from a file outside the installed packages."""
-    if value.__module__ == "__main__":
-        return True
-    file = getattr(sys.modules.get(value.__module__), "__file__", None)
-    if file is None:
-        return True
-    return "site-packages" not in file and not file.startswith((str(Path(polylib.__file__).parent), sys.base_prefix))
-
-
-def _names(code: CodeType) -> list[str]:
-    """The names that this code, or code nested in it, looks up as globals or attributes."""
-    names = set(code.co_names)
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            names.update(_names(constant))
-    return sorted(names)
+def _machine() -> str:
+    python = ".".join(platform.python_version_tuple()[:2])
+    return f"{python} {torch.__version__} {np.__version__} {torch.backends.cpu.get_cpu_capability()}"

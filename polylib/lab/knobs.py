@@ -74,6 +74,10 @@ class Knob:
             return equal[0]
         raise ValueError(f"{argument} must be one of {self.names or self.values}, got {value!r}")
 
+    def content(self, place: int) -> str | None:
+        """The digest of a value; None where it can't be read."""
+        return self._contents[place]
+
     def same(self, one: Any, other: Any) -> bool:
         """Whether two values are the same one of this knob."""
         try:

@@ -14,14 +14,11 @@ import plotly.graph_objects as go
 
 from polylib import _checks
 from polylib.lab import knobs as knobs_of
-from polylib.lab import store
 from polylib.lab.figures import embed, pack
-from polylib.lab.fingerprint import content, fingerprint
 from polylib.lab.grid import run_all
+from polylib.lab.keeping import Kept, Places
 from polylib.lab.progress_bar import is_live
-from polylib.lab.results import Outcome, Point, Result, at, check_lengths, computed, one_run
-
-Places = tuple[int, ...]  # a point, as the place of each knob's value in its list
+from polylib.lab.results import Point, Result, at, computed, one_run
 
 
 class Sweep:
@@ -74,8 +71,7 @@ class Sweep:
             else len(knob.values) // 2
             for name, knob in self.grid.items()
         }
-        self._key: str | None = None
-        self._known: dict[Places, Outcome] = {}
+        self._kept = Kept(run, self.grid, batch)
 
     def _check_signatures(self) -> None:
         for name, function, arguments in (("run", self.run, self.grid), ("view", self.view, ("result", "point"))):
@@ -113,11 +109,15 @@ class Sweep:
         """The result at one point, as read-only arrays: from memory, from disk, or computed now."""
         if set(point) != set(self.grid):
             raise ValueError(f"point must have {', '.join(self.grid)}, got {', '.join(point) or 'nothing'}")
-        return self._result(self._places(point))
+        places = self._places(point)
+        self._kept.refresh()
+        return self._result(places)
 
     def figure(self, **point: Any) -> go.Figure:
         """The figure at one point; knobs that are not named stand at their start."""
-        return self.drawn(self._places(point))
+        places = self._places(point)
+        self._kept.refresh()
+        return self.drawn(places)
 
     def _places(self, point: Point) -> Places:
         for name in point:
@@ -147,10 +147,11 @@ class Sweep:
 
     def _result(self, places: Places) -> Result:
         run = self._run_of(places)
-        outcome = self._recalled(run)
+        outcome = self._kept.get(run)
         if outcome is None:
             with one_run:  # while this thread waited, another one may have computed the same
-                outcome = self._recalled(run) or self._keep(run, computed(self.run, self._call(run)))
+                self._kept.refresh()
+                outcome = self._kept.get(run) or self._kept.put(run, computed(self.run, self._call(run)))
         return at(outcome, None if self.batch is None else places[list(self.grid).index(self.batch)])
 
     def drawn(self, places: Places) -> go.Figure:
@@ -160,35 +161,15 @@ class Sweep:
             raise TypeError(f"view must return a plotly figure, got {figure!r:.60} ({type(figure).__name__})")
         return figure
 
-    # What is kept
-
-    def _recalled(self, run: Places) -> Outcome | None:
-        if run not in self._known:
-            self._key = self._key or fingerprint(self.run)
-            outcome = store.load(self._key, self._name(run))
-            if outcome is None:
-                return None
-            self._known[run] = outcome
-        return self._known[run]
-
-    def _keep(self, run: Places, outcome: Outcome) -> Outcome:
-        check_lengths(outcome, self.batch, 0 if self.batch is None else len(self.grid[self.batch].values))
-        self._key = self._key or fingerprint(self.run)
-        store.save(self._key, self._name(run), outcome)
-        self._known[run] = outcome
-        return outcome
-
-    def _name(self, run: Places) -> str:
-        return str(content(sorted(self._call(run).items())))
-
     # The whole grid
 
     def compute(self) -> None:
         """Compute what is missing of the grid, in parallel where it takes long. Interrupted, it keeps what is done."""
+        self._kept.refresh()
         runs = dict.fromkeys(map(self._run_of, self._all_places()))
-        missing = [run for run in runs if self._recalled(run) is None]
+        missing = [run for run in runs if self._kept.get(run) is None]
         for number, outcome in run_all(self.run, [self._call(run) for run in missing]):
-            self._keep(missing[number], outcome)
+            self._kept.put(missing[number], outcome)
 
     # Three faces
 

@@ -16,7 +16,7 @@ def written(values: Sequence[Any]) -> list[str]:
     for digits in range(4, 18):
         for place in _alike(texts):
             if isinstance(values[place], float | np.floating):
-                texts[place] = f"{values[place]:.{digits}g}"
+                texts[place] = _digits(values[place], digits)
     for place in _alike(texts):
         texts[place] = repr(values[place])
     for place in _alike(texts):
@@ -35,8 +35,14 @@ def _short(value: Any) -> str:
     if isinstance(value, float | np.floating):
         for digits in range(3, 7):  # 0.9999 is short enough to be written as it is
             if float(f"{value:.{digits}g}") == value:
-                return f"{value:.{digits}g}"
-        return f"{value:.3g}"
+                return _digits(value, digits)
+        return _digits(value, 3)
     if isinstance(value, NAMED):
         return value.__name__
     return f"({', '.join(map(_short, value))})" if isinstance(value, tuple) else str(value)
+
+
+def _digits(value: Any, digits: int) -> str:
+    """A number with so many digits: 1000 and not 1e+03."""
+    text = f"{value:.{digits}g}"
+    return f"{float(text):.6g}" if "e+0" in text and abs(float(text)) < 1e6 else text
