@@ -207,7 +207,6 @@ def test_kill_in_the_middle_of_a_grid_loses_no_finished_point(tmp_path):
         import numpy as np
         import plotly.graph_objects as go
         from polylib.lab import Sweep
-from polylib.lab.store import cache_folder
 
         log = pathlib.Path(sys.argv[1])
 
