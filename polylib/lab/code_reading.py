@@ -37,8 +37,8 @@ def function(reader: "Reader", value: FunctionType) -> str:
         return reader.all("dispatch", [dict(value.registry)])
     home, name = value.__globals__.get("__name__"), value.__code__.co_qualname
     own = origin.is_own(home)
-    if not own and origin.found(home, name) is value:
-        return reader.foreign(home, name)
+    if not own and is_installed(value):
+        return reader.foreign(str(value.__module__), value.__qualname__)
     first = reader.is_first_function()
     cells = [cell.cell_contents if is_full(cell) else MISSING for cell in value.__closure__ or ()]
     parts = [
@@ -49,6 +49,15 @@ def function(reader: "Reader", value: FunctionType) -> str:
         reader.named("globals", reached(value.__code__, value.__globals__), first) if own else "",
     ]
     return reader.join("function", *parts)
+
+
+def is_installed(value: FunctionType) -> bool:
+    """Whether a function of an installed package is found there, so that its name says what it is. Torch replaces
+    some of its own functions when `torch.compile` is first used."""
+    module, name = value.__module__, value.__qualname__
+    if origin.is_own(module):
+        return False
+    return any(origin.found(place, name) is value for place in (module, module.partition(".")[0]))
 
 
 def is_full(cell: Any) -> bool:
@@ -95,8 +104,10 @@ def reached(value: CodeType, namespace: dict[str, Any]) -> Iterator[tuple[str, A
 def _of_package(module: ModuleType, name: str) -> Any:
     """What an installed module holds under a name. Its data count by the name, not by what happens to be in them."""
     found = getattr(module, name, MISSING)
-    if isinstance(found, ModuleType | FunctionType | type) or any(found is item for item in BLIND):
+    if isinstance(found, ModuleType | type) or any(found is item for item in BLIND):
         return found
+    if isinstance(found, FunctionType) and origin.is_own(found.__globals__.get("__name__")):
+        return found  # put there by the reader
     return found if isinstance(found, int | float | str | None) else ByName(module.__name__, name)
 
 
