@@ -128,11 +128,12 @@ def with_spread(
     _checks.choice("centre", centre, ("mean", "median", "geometric"))
     seeds = np.asarray(values)
     _checks.shape("values", seeds, f"({len(x)}, seeds), as x", seeds.ndim == 2 and len(seeds) == len(x) and seeds.size)
-    if centre == "geometric":
-        middle = np.exp(np.log(seeds).mean(1))
-    else:
-        middle = np.median(seeds, 1) if centre == "median" else seeds.mean(1)
-    bars = {"array": seeds.max(1) - middle, "arrayminus": middle - seeds.min(1)}
+    with np.errstate(all="ignore"):  # a run that diverged leaves a gap
+        if centre == "geometric":
+            middle = np.exp(np.log(seeds).mean(1))
+        else:
+            middle = np.median(seeds, 1) if centre == "median" else seeds.mean(1)
+        bars = {"array": seeds.max(1) - middle, "arrayminus": middle - seeds.min(1)}
     style = {"mode": "lines+markers", "line_color": colour(role), **options}
     return figure.add_scatter(x=x, y=middle, error_y=bars, **style, **_place(panel))
 
