@@ -212,4 +212,4 @@ def is_global_generator(value: Any) -> bool:
 
     import numpy as np
 
-    return value is random._inst or value is np.random.mtrand._rand or value is torch.default_generator  # type: ignore
+    return value is random._inst or value is np.random.mtrand._rand or value is torch.default_generator

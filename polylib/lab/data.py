@@ -39,8 +39,8 @@ def _standardised(
     """Subtract the mean of each feature; divide by its deviation, or by one for all. Both are of the training part."""
     mean = x_train.mean(0)
     deviation = (x_train - mean).std(0 if each_feature else None)
-    x_train, x_test = (torch.tensor((x - mean) / deviation, dtype=torch.float32) for x in (x_train, x_test))
-    return Split(x_train, torch.tensor(y_train).long(), x_test, torch.tensor(y_test).long())
+    train, test = (torch.tensor((x - mean) / deviation, dtype=torch.float32) for x in (x_train, x_test))
+    return Split(train, torch.tensor(y_train).long(), test, torch.tensor(y_test).long())
 
 
 def _count(name: str, value: int, least: int, most: int | None = None) -> None:

@@ -45,7 +45,7 @@ class Knob:
         self.texts = self.names or written(self.values)
 
     def _check_different(self) -> None:
-        known = [item for item in self._contents if item is not None]
+        known: list[str | None] = [item for item in self._contents if item is not None]
         repeated = [value for value, item in zip(self.values, self._contents, strict=True) if known.count(item) > 1]
         if repeated:
             raise ValueError(f"knobs[{self.name!r}] must have different values, got {repeated[0]!r} twice")

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TypeVar
@@ -50,7 +50,7 @@ def progress(items: Iterable[Item], label: str = "", total: int | None = None) -
     In batch execution, and where standard error is not a terminal, nothing is drawn.
     """
     listener = _listener.get()
-    if total is None and hasattr(items, "__len__"):
+    if total is None and isinstance(items, Sized):
         total = len(items)
     if listener is not None:
         shown = 0.0

@@ -61,7 +61,7 @@ class _Live:
                 places, self.wanted = self.wanted, None
             try:
                 with listening(self.report):
-                    figure = self.sweep.drawn(places)
+                    figure = self.sweep.drawn(places)  # type: ignore[arg-type]
                 self.show(figure)
                 self.message.value = ""
             except Superseded:

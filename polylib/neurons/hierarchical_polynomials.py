@@ -61,8 +61,7 @@ def _hermite_series(coefficients: Sequence[float], z: Tensor) -> Tensor:
 def gaussian_mean_derivative(g: Callable[[Tensor], Tensor], nodes: int = 64) -> float:
     """E g'(z) for standard normal z. By Stein's lemma it is E z g(z), which Gauss-Hermite quadrature with `nodes` nodes
     gives exactly for polynomials up to degree 2 nodes - 2."""
-    z, weights = np.polynomial.hermite_e.hermegauss(nodes)
-    z, weights = torch.from_numpy(z), torch.from_numpy(weights)
+    z, weights = (torch.from_numpy(part) for part in np.polynomial.hermite_e.hermegauss(nodes))
     return float((weights * z * g(z)).sum() / weights.sum())
 
 
@@ -225,7 +224,7 @@ def fit_layerwise(
 
 def _moments(features: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, chunk: int = 4096) -> tuple[Tensor, Tensor]:
     """F^T F / n and F^T y / n."""
-    gram, moment = 0.0, 0.0
+    gram = moment = x.new_zeros(())
     for rows, targets in zip(x.split(chunk), y.split(chunk), strict=True):
         block = features(rows)
         gram, moment = gram + block.T @ block, moment + block.T @ targets

@@ -26,7 +26,7 @@ def rope(x: Tensor, base: float = 10000.0) -> Tensor:
     of two rotated vectors depends on the difference of their positions only. Lengths of vectors are kept.
     """
     half = x.shape[-1] // 2
-    exact = {"device": x.device, "dtype": torch.promote_types(x.dtype, torch.float32)}
+    exact: dict[str, Any] = {"device": x.device, "dtype": torch.promote_types(x.dtype, torch.float32)}
     angles = torch.arange(x.shape[-2], **exact)[:, None] * base ** (-torch.arange(half, **exact) / half)
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     a, b = x.chunk(2, -1)
@@ -103,7 +103,7 @@ def max_attention_logits(model: nn.Module, x: Tensor) -> Tensor:
     finally:
         for layer, track in zip(layers, before, strict=True):
             layer.track = track
-    return torch.stack([layer.max_logit for layer in layers])
+    return torch.stack([layer.max_logit for layer in layers])  # type: ignore[misc]
 
 
 @torch.no_grad()

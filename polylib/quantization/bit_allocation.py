@@ -42,9 +42,9 @@ def pareto_frontier(omega: Tensor, sizes: Sequence[int], bits: Sequence[int]) ->
     Raises:
         ValueError: shapes that do not match, sizes or bits below 1, or an `omega` that is not finite.
     """
-    omega, sizes, bits = _checked(omega, sizes, bits)
-    front = _search(omega, sizes, bits, range(len(sizes)))
-    return ParetoFrontier(front.size_bits, front.omega, bits[front.bits])
+    costs, counts, choices = _checked(omega, sizes, bits)
+    front = _search(costs, counts, choices, range(len(counts)))
+    return ParetoFrontier(front.size_bits, front.omega, choices[front.bits])
 
 
 def select_bits(
@@ -68,18 +68,18 @@ def select_bits(
     Raises:
         ValueError: as in `pareto_frontier`; a `monotone_by` of another length; a budget that no choice meets.
     """
-    omega, sizes, bits = _checked(omega, sizes, bits)
-    least = int(bits.min() * sizes.sum())
+    costs, counts, choices = _checked(omega, sizes, bits)
+    least = int(choices.min() * counts.sum())
     if not budget >= least:
-        raise ValueError(f"budget must be at least {least} bits, {int(bits.min())} everywhere, got {budget}")
-    order = torch.arange(len(sizes))
+        raise ValueError(f"budget must be at least {least} bits, {int(choices.min())} everywhere, got {budget}")
+    order = torch.arange(len(counts))
     if monotone_by is not None:
         key = torch.as_tensor(monotone_by)
-        if key.shape != sizes.shape:
-            raise ValueError(f"monotone_by must have shape {tuple(sizes.shape)}, one a layer, got {tuple(key.shape)}")
+        if key.shape != counts.shape:
+            raise ValueError(f"monotone_by must have shape {tuple(counts.shape)}, one a layer, got {tuple(key.shape)}")
         order = key.argsort(stable=True)
-    best = _search(omega, sizes, bits, order.tolist(), budget, monotone_by is not None).bits[-1]
-    return bits[best[order.argsort()]].tolist()
+    best = _search(costs, counts, choices, order.tolist(), budget, monotone_by is not None).bits[-1]
+    return choices[best[order.argsort()]].tolist()
 
 
 def _search(
@@ -121,11 +121,11 @@ def _undominated(parts: Sequence[ParetoFrontier], limit: float) -> ParetoFrontie
 
 def _checked(omega: Tensor, sizes: Sequence[int], bits: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
     omega = torch.as_tensor(omega).detach().double().cpu()
-    counts, bits = torch.as_tensor(sizes).cpu(), torch.as_tensor(bits).cpu()
-    for name, value in (("sizes", counts), ("bits", bits)):
+    counts, choices = torch.as_tensor(sizes).cpu(), torch.as_tensor(bits).cpu()
+    for name, value in (("sizes", counts), ("bits", choices)):
         if value.dim() != 1 or not len(value) or value.is_floating_point() or (value < 1).any():
             raise ValueError(f"{name} must be whole numbers of at least 1, got {value.tolist()}")
-    if omega.shape != (len(counts), len(bits)) or not omega.isfinite().all():
-        expected = f"({len(counts)}, {len(bits)}), a finite number for each layer and number of bits"
+    if omega.shape != (len(counts), len(choices)) or not omega.isfinite().all():
+        expected = f"({len(counts)}, {len(choices)}), a finite number for each layer and number of bits"
         raise ValueError(f"omega must have shape {expected}, got {tuple(omega.shape)}, or values that are not finite")
-    return omega, counts.long(), bits.long()
+    return omega, counts.long(), choices.long()

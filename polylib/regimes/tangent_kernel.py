@@ -66,7 +66,7 @@ def empirical_ntk(
 
 def _gram(model: Any, params: Params, x: Tensor, names: list[str]) -> Tensor:
     layers = _linear_layers(model, names)
-    inputs: list[tuple[nn.Linear, Tensor]] = []
+    inputs: list[tuple[Any, Tensor]] = []
 
     def forward(shifts: list[Tensor] | None) -> Tensor:
         inputs.clear()
