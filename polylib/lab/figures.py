@@ -127,7 +127,9 @@ def with_spread(
     """
     _checks.choice("centre", centre, ("mean", "median", "geometric"))
     seeds = np.asarray(values)
-    _checks.shape("values", seeds, f"({len(x)}, seeds), as x", bool(seeds.ndim == 2 and len(seeds) == len(x) and seeds.size))
+    _checks.shape(
+        "values", seeds, f"({len(x)}, seeds), as x", bool(seeds.ndim == 2 and len(seeds) == len(x) and seeds.size)
+    )
     with np.errstate(all="ignore"):  # a run that diverged leaves a gap
         if centre == "geometric":
             middle = np.exp(np.log(seeds).mean(1))

@@ -115,9 +115,7 @@ class Sweep:
 
     def figure(self, **point: Any) -> go.Figure:
         """The figure at one point; knobs that are not named stand at their start."""
-        places = self._places(point)
-        self._kept.refresh()
-        return self.drawn(places)
+        return self.drawn(self._places(point), anew=True)
 
     def _places(self, point: Point) -> Places:
         for name in point:
@@ -154,8 +152,13 @@ class Sweep:
                 outcome = self._kept.get(run) or self._kept.put(run, computed(self.run, self._call(run)))
         return at(outcome, None if self.batch is None else places[list(self.grid).index(self.batch)])
 
-    def drawn(self, places: Places) -> go.Figure:
-        """The figure at a point that is given by the place of each knob's value in its list."""
+    def drawn(self, places: Places, *, anew: bool = False) -> go.Figure:
+        """The figure at a point that is given by the place of each knob's value in its list.
+
+        `anew` looks first whether the code or the data behind the results has changed.
+        """
+        if anew:
+            self._kept.refresh()
         figure = self.view(self._result(places), self._point(places))
         if not isinstance(figure, go.Figure):
             raise TypeError(f"view must return a plotly figure, got {figure!r:.60} ({type(figure).__name__})")

@@ -1,4 +1,8 @@
-"""The live face of a `Sweep`: sliders that answer at once, over a figure that follows as soon as its run is done."""
+"""The live face of a `Sweep`: sliders that answer at once, over a figure that follows as soon as its run is done.
+
+A run and a cell of the notebook would draw from the same global random numbers. So a run waits while a cell is executed
+and a cell waits for a run: what a run returns does not depend on what the notebook does meanwhile.
+"""
 
 import html
 import threading
@@ -7,25 +11,63 @@ from typing import TYPE_CHECKING
 
 import ipywidgets as widgets
 import plotly.graph_objects as go
+from IPython import get_ipython
+from plotly.basedatatypes import BaseTraceType
 
 from polylib.lab.progress_bar import Superseded, listening
+from polylib.lab.results import one_run
 
 if TYPE_CHECKING:
     from polylib.lab.sweep import Sweep
 
 
+LISTS = {"annotations", "images", "selections", "shapes", "sliders", "updatemenus"}  # of a layout; emptied, not unset
+
+
 def live(sweep: "Sweep") -> widgets.Widget:
-    """Widgets for `sweep`: one slider a knob, the figure, a progress bar and a place for messages."""
+    """Widgets for `sweep`: one slider a knob, the figure, a progress bar and a place for messages.
+
+    The first figure is there when this returns; later ones are drawn when a slider asks for them.
+    """
+    _take_turns_with_cells()
     return _Live(sweep).box
 
 
+class _Turns:
+    """Holds the lock of runs while a cell is executed. IPython calls both methods on its main thread."""
+
+    def __init__(self) -> None:
+        self.held = False
+
+    def start(self, *_: object) -> None:
+        one_run.acquire()
+        self.held = True
+
+    def end(self, *_: object) -> None:
+        if self.held:  # not for the cell that made the first sweep
+            self.held = False
+            one_run.release()
+
+
+_turns = _Turns()
+
+
+def _take_turns_with_cells() -> None:
+    shell = get_ipython()
+    if shell is not None and _turns.start not in shell.events.callbacks["pre_run_cell"]:
+        shell.events.register("pre_run_cell", _turns.start)
+        shell.events.register("post_run_cell", _turns.end)
+
+
 class _Live:
-    """Runs happen on one thread of their own, so that sliders and kernel stay free. Only the newest request counts."""
+    """Runs happen on a thread of their own, so that sliders and kernel stay free. Only the newest request counts, and
+    the thread ends when there is none."""
 
     def __init__(self, sweep: "Sweep") -> None:
         self.sweep = sweep
         self.wanted: tuple[int, ...] | None = None  # the newest point that was asked for and not taken up yet
-        self.changed = threading.Condition()
+        self.lock = threading.Lock()
+        self.busy = False  # whether a thread is at work
         width = f"{max(map(len, sweep.labels.values())) * 0.6 + 1}em"  # one for all, so that sliders stand in a column
         self.sliders = {
             name: widgets.SelectionSlider(
@@ -46,29 +88,36 @@ class _Live:
         self.box = widgets.VBox([*self.sliders.values(), self.bar, self.message, self.figure])
         for slider in self.sliders.values():
             slider.observe(lambda _: self.ask(), names="index")  # 1 and True are equal values
-        threading.Thread(target=self.work, name="polylib sweep", daemon=True).start()
-        self.ask()
+        self.draw(tuple(sweep.start_places.values()))
 
     def ask(self) -> None:
-        with self.changed:
+        with self.lock:
             self.wanted = tuple(slider.index for slider in self.sliders.values())
-            self.changed.notify()
+            if not self.busy:
+                self.busy = True
+                threading.Thread(target=self.work, name="polylib sweep", daemon=True).start()
 
     def work(self) -> None:
         while True:
-            with self.changed:
-                self.changed.wait_for(lambda: self.wanted is not None)
+            with self.lock:
                 places, self.wanted = self.wanted, None
-            try:
-                with listening(self.report):
-                    figure = self.sweep.drawn(places)  # type: ignore[arg-type]
-                self.show(figure)
-                self.message.value = ""
-            except Superseded:
-                continue
-            except Exception as error:  # shown to the reader, who moves on with the next drag
-                self.message.value = _explained(error)
-            self.bar.layout.visibility = "hidden"
+                if places is None:
+                    self.busy = False
+                    return
+            with listening(self.report):
+                self.draw(places)
+
+    def draw(self, places: tuple[int, ...]) -> None:
+        try:
+            self.show(self.sweep.drawn(places, anew=True))
+            self.message.value = ""
+        except Superseded:
+            return
+        except KeyboardInterrupt:
+            self.message.value = _note("Interrupted. Move a slider to go on.")
+        except BaseException as error:  # also SystemExit: shown to the reader, who moves on with the next drag
+            self.message.value = _explained(error)
+        self.bar.layout.visibility = "hidden"
 
     def report(self, fraction: float) -> None:
         if self.wanted is not None:
@@ -77,19 +126,30 @@ class _Live:
         self.bar.layout.visibility = "visible"
 
     def show(self, new: go.Figure) -> None:
-        """Change the figure on the page in place, so that it does not flicker."""
+        """Make the figure on the page equal to a new one, in place where it can be, so that it does not flicker."""
         old = self.figure
+        layout = {"autosize": True, **new.layout.to_plotly_json()}
+        gone = {name: [] if name in LISTS else None for name in old.layout.to_plotly_json() if name not in layout}
         with old.batch_update():
-            if [trace.type for trace in old.data] != [trace.type for trace in new.data]:
+            if list(map(_form, old.data)) != list(map(_form, new.data)):
                 old.data = []
                 old.add_traces(new.data)
             else:
                 for before, after in zip(old.data, new.data, strict=True):
                     before.update(after.to_plotly_json(), overwrite=True)
-            old.update_layout(new.layout.to_plotly_json(), overwrite=True)
+            old.update_layout(gone | layout, overwrite=True)
 
 
-def _explained(error: Exception) -> str:
+def _form(trace: BaseTraceType) -> tuple[str, ...]:
+    """The kind of a trace and the properties that it has. One with fewer of them would keep the others on the page."""
+    return (trace.type, *sorted(trace.to_plotly_json()))
+
+
+def _note(text: str) -> str:
+    return f'<div style="color:#9a6700">{html.escape(text)}</div>'
+
+
+def _explained(error: BaseException) -> str:
     trace = "".join(traceback.format_exception(error))
     return (
         f'<div style="color:#c62828"><strong>{type(error).__name__}:</strong> {html.escape(str(error))}'

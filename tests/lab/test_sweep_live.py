@@ -1,15 +1,21 @@
 """The live face, driven as a front end would: by changing slider values, waiting for what the figure shows."""
 
+import json
 import threading
 import time
 
+import hypothesis
+import hypothesis.strategies as st
 import numpy as np
 import plotly.graph_objects as go
 import pytest
+import torch
+from plotly.utils import PlotlyJSONEncoder
 
 from polylib.lab import Sweep, progress
 
 widgets = pytest.importorskip("ipywidgets")
+sweep_live = pytest.importorskip("polylib.lab.sweep_live")
 
 
 @pytest.fixture(autouse=True)
@@ -99,14 +105,113 @@ def test_the_live_sweep_and_a_cell_do_not_run_at_the_same_time():
     def run(k):
         (overlap if inside.is_set() else inside).set()
         runs.append(k)
-        overlap.wait(0.2)
+        overlap.wait(0.1)
         inside.clear()
         return {"y": np.full(4, k)}
 
-    sweep = Sweep(run, {"k": [1, 2]}, draw, start={"k": 1})
-    _, figure, _, _ = parts(sweep.widget())
+    sweep = Sweep(run, {"k": [1, 2, 3]}, draw, start={"k": 1})
+    slider, figure, _, _ = parts(sweep.widget())
+    slider.value = 2
     wait_for(inside.is_set)
-    assert sweep.result(k=2)["y"][0] == 2
-    assert sweep.result(k=1)["y"][0] == 1
-    wait_for(lambda: shows(figure, 1))
-    assert not overlap.is_set() and sorted(runs) == [1, 2]
+    assert sweep.result(k=3)["y"][0] == 3
+    wait_for(lambda: shows(figure, 2))
+    assert not overlap.is_set() and sorted(runs) == [1, 2, 3]
+
+
+def test_what_a_run_draws_does_not_depend_on_the_cell_that_runs_meanwhile():
+    def run(k):
+        torch.manual_seed(k)
+        return {"y": torch.stack([torch.rand(()) for _ in range(200)])}
+
+    sweep = Sweep(run, {"k": [1, 2]}, draw, start={"k": 1})
+    slider, figure, _, _ = parts(sweep.widget())
+    torch.manual_seed(2)
+    alone = torch.stack([torch.rand(()) for _ in range(200)])
+    sweep_live._turns.start()  # a cell begins
+    slider.value = 2
+    for _ in range(2000):
+        torch.rand(3)
+    sweep_live._turns.end()
+    wait_for(lambda: shows(figure, alone[0].item()))
+    np.testing.assert_array_equal(np.asarray(figure.data[0].y, np.float32), alone.numpy())
+
+
+def test_the_first_figure_is_there_at_once_and_no_thread_stays():
+    before = threading.active_count()
+    for _ in range(5):
+        slider, figure, _, _ = parts(
+            Sweep(lambda k: {"y": np.full(4, k)}, {"k": [1, 2]}, draw, start={"k": 1}).widget()
+        )
+        assert shows(figure, 1)
+        slider.value = 2
+        wait_for(lambda figure=figure: shows(figure, 2))
+    wait_for(lambda: threading.active_count() <= before)
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt()])
+def test_leaving_a_run_is_said_and_the_sliders_live_on(error):
+    def run(k):
+        if k == 2:
+            raise error
+        return {"y": np.full(4, k)}
+
+    slider, figure, message, _ = parts(Sweep(run, {"k": [1, 2, 3]}, draw, start={"k": 1}).widget())
+    slider.value = 2
+    wait_for(lambda: "SystemExit" in message.value or "Interrupted" in message.value)
+    slider.value = 3
+    wait_for(lambda: shows(figure, 3) and message.value == "")
+
+
+def test_an_edited_function_is_drawn_anew():
+    scale = {"factor": 1}
+    sweep = Sweep(lambda k: {"y": np.full(4, k * scale["factor"])}, {"k": [1, 2]}, draw, start={"k": 1})
+    slider, figure, _, _ = parts(sweep.widget())
+    slider.value = 2
+    wait_for(lambda: shows(figure, 2))
+    scale["factor"] = 10
+    slider.value = 1
+    wait_for(lambda: shows(figure, 10))
+
+
+# Features of a figure, each of which must come and go with its point.
+FEATURES = [
+    lambda f: f.update_layout(title="a title"),
+    lambda f: f.update_layout(height=600, showlegend=False),
+    lambda f: f.add_hline(y=0.5),
+    lambda f: f.add_annotation(text="here", x=1, y=1),
+    lambda f: f.update_xaxes(type="log", range=[0, 2]),
+    lambda f: f.update_xaxes(title="rate"),
+    lambda f: f.update_yaxes(range=[0, 3], tickvals=[0, 1]),
+    lambda f: f.update_traces(marker_color="red", marker_size=9),
+    lambda f: f.update_traces(text=["a", "b", "c"], fill="tozeroy"),
+    lambda f: f.add_scatter(y=[3, 2, 1], name="another"),
+    lambda f: f.add_bar(y=[1, 1, 2]),
+    lambda f: f.update_traces(line_dash="dot", selector={"type": "scatter"}),
+]
+
+
+def bare(figure):
+    """What a figure says, without the names and sizes that a widget gives."""
+    content = figure.to_plotly_json()
+    layout = {
+        k: v for k, v in content["layout"].items() if k not in ("autosize", "template") and v not in (None, [], {})
+    }
+    data = [{k: v for k, v in trace.items() if k != "uid"} for trace in content["data"]]
+    return json.loads(json.dumps([data, layout], cls=PlotlyJSONEncoder))
+
+
+@hypothesis.settings(max_examples=25, deadline=None)
+@hypothesis.given(st.lists(st.sets(st.integers(0, len(FEATURES) - 1)), min_size=2, max_size=4))
+def test_after_any_move_the_live_figure_is_the_plain_one(points):
+    def view(result, point):
+        figure = go.Figure(go.Scatter(y=[1, 2, point["k"]]))
+        for number in sorted(points[point["k"]]):
+            FEATURES[number](figure)
+        return figure
+
+    sweep = Sweep(lambda k: {"y": k}, {"k": list(range(len(points)))}, view, start={"k": 0})
+    shown = sweep_live._Live(sweep)
+    for place in [*range(len(points)), *reversed(range(len(points)))]:
+        shown.draw((place,))
+        assert shown.message.value == ""
+        assert bare(shown.figure) == bare(sweep.figure(k=place))
