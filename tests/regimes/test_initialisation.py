@@ -95,7 +95,7 @@ def test_effective_rank_by_hand():
     assert effective_rank(weight, "participation").item() == pytest.approx(100 / 82)
     assert effective_rank(weight, "stable").item() == pytest.approx(10 / 9)
     assert effective_rank(weight).item() == pytest.approx(4 / 3**0.75)
-    with pytest.raises(ValueError, match="kind is 'rank'"):
+    with pytest.raises(ValueError, match="got 'rank'"):
         effective_rank(weight, "rank")
     with pytest.raises(ValueError, match="expected a matrix or a stack"):
         effective_rank(torch.ones(3))
