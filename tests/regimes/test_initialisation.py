@@ -97,5 +97,5 @@ def test_effective_rank_by_hand():
     assert effective_rank(weight).item() == pytest.approx(4 / 3**0.75)
     with pytest.raises(ValueError, match="got 'rank'"):
         effective_rank(weight, "rank")
-    with pytest.raises(ValueError, match="expected a matrix or a stack"):
+    with pytest.raises(ValueError, match="weight must be a matrix or a stack"):
         effective_rank(torch.ones(3))
