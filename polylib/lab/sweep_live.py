@@ -7,7 +7,7 @@ and a cell waits for a run: what a run returns does not depend on what the noteb
 import html
 import threading
 import traceback
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import ipywidgets as widgets
 import plotly.graph_objects as go
@@ -129,7 +129,9 @@ class _Live:
         """Make the figure on the page equal to a new one, in place where it can be, so that it does not flicker."""
         old = self.figure
         layout = {"autosize": True, **new.layout.to_plotly_json()}
-        gone = {name: [] if name in LISTS else None for name in old.layout.to_plotly_json() if name not in layout}
+        gone: dict[str, Any] = {
+            name: [] if name in LISTS else None for name in old.layout.to_plotly_json() if name not in layout
+        }
         with old.batch_update():
             if list(map(_form, old.data)) != list(map(_form, new.data)):
                 old.data = []
