@@ -25,7 +25,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.setattr(module, "ROOT", tmp_path)
     monkeypatch.setattr(tests, "TESTS", tmp_path / "tests")
     monkeypatch.setattr(closure, "ROOT", tmp_path / "polylib")
-    monkeypatch.setattr(pace, "measure", lambda: 1.0)
+    monkeypatch.setattr(pace, "measure", lambda busy=1: 1.0)
     monkeypatch.setenv("POLYLIB_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("FRESH", raising=False)
     return tmp_path

@@ -51,7 +51,7 @@ def book(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("POLYLIB_CACHE", str(tmp_path / "cache"))
     for name in ("POLYLIB_SCALE", "FRESH"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(pace, "measure", lambda: 1.0)
+    monkeypatch.setattr(pace, "measure", lambda busy=1: 1.0)
     clone = make_clone(tmp_path / "clone")
     set_root(clone, monkeypatch)
     return clone

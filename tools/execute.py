@@ -167,7 +167,8 @@ def run(notebooks: dict[Path, NotebookNode], folder: Path, *, workers: int = 0, 
         store: whether what ran is kept.
     """
     shutil.rmtree(folder, ignore_errors=True)
-    t = pace.measure()
+    workers = min(workers or pace.cores(), len(notebooks))
+    t = pace.measure(workers)
     collect = Collect(folder, notebooks, t, store)
     # A folder for each notebook, so that one that leaves files behind is found out. What took longest starts first.
     last = {path: (read_executed(executed_path(path)) or {}).get("metadata", {}) for path in notebooks}
@@ -179,14 +180,18 @@ def run(notebooks: dict[Path, NotebookNode], folder: Path, *, workers: int = 0, 
         if claims.exists():
             shutil.copy(claims, file.parent)
     try:
-        status = run_nbmake(collect, files, min(workers or pace.cores(), len(files)))
+        status = run_nbmake(collect, files, workers)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     for path in notebooks:
         if path not in collect.runs:
             collect.runs[path] = Run(0.0, 0.0, False, [f"{path}: did not run (pytest's status {status})"])
-    t = max(t, pace.measure())
+    t = max(t, pace.measure(workers))
     collect.runs = {path: took._replace(t=took.seconds / t) for path, took in collect.runs.items()}
+    for path, notebook in collect.executed.items() if store else ():
+        notebook.metadata.polylib.t = round(collect.runs[path].t, 1)  # by the slower of the two paces
+        keep(notebook)
+        write_atomic(notebook, executed_path(path))
     return collect
 
 

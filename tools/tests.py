@@ -114,9 +114,9 @@ def _checked(files: list[Path], workers: int) -> tuple[int, int, str]:
     print(f"Test files: {len(files) - len(stale)} passed before and unchanged, {len(stale)} to run", flush=True)
     if not stale:
         return len(files), 0, "all unchanged"
-    t, start = pace.measure(), time.perf_counter()
+    t, start = pace.measure(workers), time.perf_counter()
     counts, seconds, status = _run(stale, workers)
-    t = max(t, pace.measure())
+    t = max(t, pace.measure(workers))
     print(f"\n{'seconds':>8} {'t':>6}  test file (at most {LIMIT} t for the code of one chapter)")
     for name, took in sorted(seconds.items(), key=lambda item: -item[1])[:15]:
         print(f"{took:8.1f} {took / t:6.1f}  {name}")
