@@ -211,7 +211,7 @@ def test_a_notebook_that_did_not_run_is_a_problem(book: Path, run: Ran, monkeypa
 
 def test_a_notebook_beyond_the_limit_is_a_problem_also_when_it_is_restored(book: Path, run: Ran) -> None:
     write(book)
-    run.seconds = execute.LIMIT * pace.NOISE + 1
+    run.seconds = execute.LIMIT * pace.BROKEN + 1
     assert run() == ["one"] and "is the limit" in run.problems[0]
     assert run() == [] and "is the limit" in run.problems[0]
 

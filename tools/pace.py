@@ -6,7 +6,9 @@ import sys
 import time
 
 ADDITIONS = 10_000_000
-NOISE = 1.5  # a limit may be passed by half again before it counts: other processes share the machine
+# A limit is passed by half again at times, since other processes share the machine: what is beyond it is named. Beyond
+# four times the limit something is wrong, and the check fails.
+BROKEN = 4
 
 
 def additions() -> float:

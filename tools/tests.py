@@ -122,7 +122,7 @@ def _checked(files: list[Path], workers: int) -> tuple[int, int, str]:
         print(f"{took:8.1f} {took / t:6.1f}  {name}")
     print(f"{time.perf_counter() - start:8.1f} s in all")
     by_chapter = [name for name in seconds if name.count("/") == 2 and name.split("/")[1] not in UNLIMITED]
-    slow = [name for name in by_chapter if seconds[name] / t > LIMIT * pace.NOISE]
+    slow = [name for name in by_chapter if seconds[name] / t > LIMIT * pace.BROKEN]
     bad = [name for name, (_, failed, _) in counts.items() if failed]
     # A browser that is missing skips its tests: nothing is known then.
     unsure = [name for name, (passed, _, skipped) in counts.items() if not passed or ("/site/" in name and skipped)]
