@@ -14,7 +14,7 @@ pytest.importorskip("jupytext")
 
 ROOT = Path(__file__).resolve().parents[2]
 LAB = "labs/learning-rate.md"
-ROWS = 3 * 3 * 4  # batch sizes, optimizers and networks; all learning rates of a row are computed at once
+ROWS = 2 * 3 * 4  # batch sizes, optimizers and networks; all learning rates of a row are computed at once
 
 # The cells of the lab up to its Sweep, and then what the page "Past one machine" tells to write.
 SCRIPT = """
