@@ -83,7 +83,11 @@
     for (const key of Object.keys(layout)) if (/axis\d*$/.test(key)) layout[key] = { ...layout[key] };
     if (place.clientWidth < narrow) {
       stack(layout);
-      layout.margin = { l: 50, r: 10, t: 60, b: 110, ...layout.margin };
+      // The legend moves below, where long names take a line each; on a desk its room was above.
+      const named = figure.data.filter((trace) => trace.name && trace.showlegend !== false).length;
+      const more = layout.showlegend === false ? 0 : 22 * Math.max(0, named - 3);
+      layout.height = (layout.height || window.polylibTemplates.light.layout.height) + more;
+      layout.margin = { l: 50, r: 10, b: 110 + more, ...layout.margin, t: 60 };
       layout.legend = { yref: "container", y: 0, yanchor: "bottom", ...layout.legend };
     }
     const notes = figure.layout.annotations || [];
@@ -146,7 +150,13 @@
     const script = document.createElement("script");
     script.src = new URL("plotly.min.js", here).href; // only pages with figures pay for it
     script.onload = () => {
-      elements.forEach(mount);
+      elements.forEach((element) => {
+        try {
+          mount(element);
+        } catch (error) {
+          console.error(error); // the figures after it are drawn all the same
+        }
+      });
       const again = () => redraws.forEach((redraw) => redraw());
       new MutationObserver(again).observe(document.documentElement, { attributes: true, attributeFilter: ["data-theme"] });
       window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", again);
