@@ -95,3 +95,8 @@ def test_imports_in_the_strings_of_a_test_count(project: Path, library: Runs) ->
     before = tests.digest_of(file)
     (project / "polylib" / "red" / "thing.py").write_text("VALUE = 2\n")
     assert tests.digest_of(file) != before
+
+
+def test_files_that_depend_on_everything_are_told_apart(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tests, "_everything", lambda: [project / name for name in tests.SHARED])
+    assert tests.digest_of(tests.TESTS / "test_tools.py") != tests.digest_of(tests.TESTS / "site" / "test_pages.py")

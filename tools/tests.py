@@ -69,7 +69,7 @@ def digest_of(file: Path) -> str:
     stable = {**{name: os.environ.get(name, "") for name in ("ATEN_CPU_CAPABILITY", "POLYLIB_FUZZ")}}
     where = json.dumps([machine(), stable])
     if file.parent == TESTS or file.parent.name == "site":
-        return _digest(_everything(), where)
+        return _digest(_everything(), f"{file.relative_to(ROOT)} {where}")
     helpers = [path for folder in (TESTS, file.parent) for path in folder.glob("*.py") if "test_" not in path.name]
     code = _code([file, *helpers])
     files = [file, *helpers, *(ROOT / name for name in SHARED)]
