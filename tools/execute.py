@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import patch
 
 import nbformat
 import pytest
@@ -198,10 +199,13 @@ def run(notebooks: dict[Path, NotebookNode], folder: Path, *, workers: int = 0, 
 def run_nbmake(collect: Collect, files: list[Path], workers: int) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.chdir(ROOT)
+    # Notebooks side by side share the cores: none starts more processes for its sweeps than its part of them.
+    share = {"LOKY_MAX_CPU_COUNT": str(max(1, pace.cores() // workers))}
     options = ["--nbmake", "--overwrite", f"--nbmake-timeout={CELL_SECONDS}", "--nbmake-kernel=python3"]
     spread = ["-n", str(workers), "--maxschedchunk=1"] if workers > 1 else ["-p", "no:xdist"]
     quiet = ["-p", "no:cacheprovider", "-q", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
-    return int(pytest.main([*options, *spread, *quiet, *map(str, files)], plugins=[collect]))
+    with patch.dict(os.environ, share):
+        return int(pytest.main([*options, *spread, *quiet, *map(str, files)], plugins=[collect]))
 
 
 def execute(wanted: dict[Path, NotebookNode] | None = None) -> dict[Path, Run]:
