@@ -105,6 +105,13 @@ POINTS = """() => {
 }"""
 
 
+# Code of cells and set formulas that are wider than the column, and so cut at its edge.
+CUT = """() => [...document.querySelectorAll("div.cell_input pre, mjx-container[display=true]")]
+    .filter(e => e.clientWidth && e.scrollWidth > e.clientWidth + 1)
+    .map(e => `${e.scrollWidth} wide in a column of ${e.clientWidth}: ${e.textContent.trim().slice(0, 60)}`)
+    .slice(0, 5)"""
+
+
 @pytest.fixture(scope="module")
 def context(browser) -> Iterator:
     context = browser.new_context(viewport=DESK)
@@ -143,11 +150,12 @@ def take_screenshots(page, folder: Path | None, name: str) -> None:
 @pytest.mark.parametrize("page_name", PAGES)
 def test_page(context, address: str, screenshots: Path | None, page_name: str) -> None:
     """No error, no other host; every formula set; every figure drawn at every point; texts in their places and legible
-    in both themes; on a phone no sideways scroll."""
+    in both themes; code and formulas as wide as the column; on a phone no sideways scroll."""
     with opened(context, address, page_name) as page:
         math = page.evaluate(MATH)
         assert not math["unset"], f"formulas that were not set: {math['unset'][:5]}"
         assert math["errors"] == 0, "MathJax reports errors in formulas"
+        assert not (cut := page.evaluate(CUT)), "\n".join(cut)
         figures = page.evaluate(FIGURES)
         assert figures["empty"] == 0, f"{figures['empty']} of {figures['all']} figures are empty"
         assert not (wrong := page.evaluate(POINTS)), "\n".join(wrong)
