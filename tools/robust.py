@@ -1,7 +1,7 @@
 """python -m tools.robust [chapter ...]: the verdicts under the vector instructions of other processors.
 
 Each notebook, all by default, is executed three times: with PyTorch's, MKL's and oneDNN's plain instructions, with
-AVX2, and with the machine's own. The ordinary outputs are not touched. The table has the claims whose verdicts differ
+AVX2, and with the machine's own; for the last, outputs that are kept serve. The ordinary outputs are not touched. The table has the claims whose verdicts differ
 first. `--library` runs the library's tests in the same three ways.
 """
 
@@ -14,8 +14,8 @@ from pathlib import Path
 
 from polylib.lab.claims import by_number, records_of
 from tools import pace
-from tools.execute import EXECUTED, run
-from tools.sources import ROOT, find
+from tools.execute import EXECUTED, kept, run
+from tools.sources import ROOT, digest_of, find
 
 WAYS = {
     "default": {"ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE", "ONEDNN_MAX_CPU_ISA": "SSE41"},
@@ -58,11 +58,14 @@ def verdicts(names: Iterable[str], workers: int) -> bool:
     for way, settings in WAYS.items():
         print(f"\n== {way}: {len(notebooks)} notebooks", flush=True)
         switch(settings)
-        done = run(notebooks, EXECUTED / f"robust-{os.getpid()}", workers=workers)
-        failed += [f"{way}: {problem}" for took in done.runs.values() for problem in took.problems]
+        executed = {} if settings else {path: done for path in notebooks if (done := kept(digest_of(notebooks[path])))}
+        if stale := {path: notebook for path, notebook in notebooks.items() if path not in executed}:
+            done = run(stale, EXECUTED / f"robust-{os.getpid()}", workers=workers)
+            failed += [f"{way}: {problem}" for took in done.runs.values() for problem in took.problems]
+            executed |= done.executed
         found[way] = {
             (Path(path).with_suffix("").as_posix(), record["id"]): record
-            for path, notebook in done.executed.items()
+            for path, notebook in executed.items()
             for record in records_of(notebook)
         }
     switch({})
