@@ -1,8 +1,8 @@
 """python -m tools.robust [chapter ...]: the verdicts under the vector instructions of other processors.
 
 Each notebook, all by default, is executed three times: with PyTorch's, MKL's and oneDNN's plain instructions, with
-AVX2, and with the machine's own; for the last, outputs that are kept serve. The ordinary outputs are not touched. The table has the claims whose verdicts differ
-first. `--library` runs the library's tests in the same three ways.
+AVX2, and with the machine's own; for the last, outputs that are kept serve. The ordinary outputs are not touched. The
+table has the claims whose verdicts differ first. `--library` runs the library's tests in the same three ways.
 """
 
 import argparse
