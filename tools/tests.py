@@ -1,4 +1,4 @@
-"""Run the tests by file. A file that passed with the same code behind it is not run again; `FRESH=1` runs all.
+"""Run mypy, and the tests by file. What passed with the same code behind it is not run again; `FRESH=1` runs all.
 
 What a test file depends on: itself, the helpers of its folder, the modules of polylib that all of these reach, and the
 installed set. The tests of the tools and of the site depend on everything.
@@ -86,6 +86,30 @@ def _is_fresh() -> bool:
     return os.environ.get("FRESH", "") not in ("", "0")
 
 
+def _passed_before(digest: str) -> bool:
+    return not _is_fresh() and (_passed_folder() / digest).exists()
+
+
+def _keep_passed(digest: str) -> None:
+    try:
+        _passed_folder().mkdir(parents=True, exist_ok=True)
+        (_passed_folder() / digest).touch()
+    except OSError as error:
+        print(f"What passed can't be kept in {_passed_folder()}: {error}", file=sys.stderr)
+
+
+def run_types() -> tuple[int, int, str]:
+    """mypy over the package, unless it passed over the same files."""
+    files = [path for path in (ROOT / "polylib").rglob("*") if path.suffix in (".py", ".pyi")]
+    digest = _digest([*files, *(ROOT / name for name in SHARED)], f"mypy {json.dumps(machine())}")
+    if _passed_before(digest):
+        return 1, 0, "unchanged"
+    if subprocess.call([sys.executable, "-m", "mypy", "polylib"], cwd=ROOT):
+        return 0, 1, "the lines of mypy above"
+    _keep_passed(digest)
+    return 1, 0, ""
+
+
 def _run(files: list[Path], workers: int) -> tuple[dict[str, list[int]], dict[str, float], int]:
     """Run test files in one pytest. Passed, failed and skipped by file, seconds by file, and pytest's status."""
     report = ROOT / ".pytest_cache" / f"report-{os.getpid()}.xml"
@@ -108,9 +132,8 @@ def _run(files: list[Path], workers: int) -> tuple[dict[str, list[int]], dict[st
 
 def _checked(files: list[Path], workers: int) -> tuple[int, int, str]:
     """Run what has not passed with the same code. Passed, failed, and where to look."""
-    folder = _passed_folder()
     digests = {file: digest_of(file) for file in files}
-    stale = [file for file in files if _is_fresh() or not (folder / digests[file]).exists()]
+    stale = [file for file in files if not _passed_before(digests[file])]
     print(f"Test files: {len(files) - len(stale)} passed before and unchanged, {len(stale)} to run", flush=True)
     if not stale:
         return len(files), 0, "all unchanged"
@@ -129,12 +152,7 @@ def _checked(files: list[Path], workers: int) -> tuple[int, int, str]:
     for file in stale:
         name = file.relative_to(ROOT).as_posix()
         if status in (0, 1) and name in counts and name not in {*bad, *slow, *unsure}:
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                (folder / digests[file]).touch()
-            except OSError as error:
-                print(f"What passed can't be kept in {folder}: {error}", file=sys.stderr)
-                break
+            _keep_passed(digests[file])
     failed = sum(failed for _, failed, _ in counts.values()) + len(slow) + (status not in (0, 1))
     late = [f"{name} takes {seconds[name] / t:.0f} t" for name in slow]
     return sum(passed for passed, _, _ in counts.values()), failed, ", ".join([*bad, *late])
