@@ -39,8 +39,3 @@ def formula(function: Callable[..., Tensor], tensors: tuple, backward: bool) -> 
         return lambda: torch.autograd.grad(y, inputs, torch.ones_like(y))
 
     return prepare
-
-
-def empty(*shape: int, dtype: torch.dtype) -> Tensor:
-    """A tensor whose memory is never touched when the kernels are only compiled."""
-    return torch.empty(shape, dtype=dtype)

@@ -65,7 +65,7 @@ def compile_launches(launch: Callable[[], object], every_tile: bool) -> list[dic
     def compile_only(self: JITFunction, *args: Any, **kwargs: Any) -> None:
         kernel = run(self, *args, **kwargs | {"warmup": True})
         if not any(r["hash"] == kernel.hash for r in records):  # one kernel launched twice is one record
-            records.append(describe(kernel, self) | {"hash": kernel.hash})
+            records.append(describe(kernel, self, every_tile) | {"hash": kernel.hash})
 
     def walk_tiles(self: Autotuner, *args: Any, **kwargs: Any) -> None:
         self.nargs = dict(zip(self.arg_names, args, strict=False))
@@ -87,7 +87,7 @@ def compile_launches(launch: Callable[[], object], every_tile: bool) -> list[dic
     return records
 
 
-def describe(kernel: Any, function: JITFunction) -> dict[str, Any]:
+def describe(kernel: Any, function: JITFunction, count: bool) -> dict[str, Any]:
     """Return what is worth knowing of a compiled kernel."""
     record = {"kernel": function.fn.__name__.strip("_"), "warps": kernel.metadata.num_warps, "default": True}
     record["shared"] = kernel.metadata.shared
@@ -96,7 +96,7 @@ def describe(kernel: Any, function: JITFunction) -> dict[str, Any]:
     if "cubin" in kernel.asm:
         names = kernel.src.signature.items()
         pointers = [name if str(kind).startswith("*") else "" for name, kind in names if kind != "constexpr"]
-        record |= nvidia_code(kernel.asm["cubin"]) | widths(kernel.asm["ptx"], pointers)
+        record |= nvidia_code(kernel.asm["cubin"], count) | widths(kernel.asm["ptx"], pointers)
         record["tensor_cores"] = tensor_cores(kernel.asm["ptx"])
         gpu = GPUS[f"sm_{kernel.metadata.target.arch}"]
         record["launchable"] = record["shared"] <= gpu.shared_a_block and record["warps"] <= 32
@@ -119,23 +119,26 @@ def named_constants(kernel: Any, function: JITFunction) -> dict[str, Any]:
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
-def nvidia_code(cubin: bytes) -> dict[str, Any]:
-    """Registers a thread, spills (loads and stores of local memory) and the number of instructions of a cubin."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage, code = (
-            subprocess.run([CUOBJDUMP, option, file.name], capture_output=True, text=True, check=True).stdout
-            for option in ("-res-usage", "-sass")
-        )
-    match = re.search(r"REG:(\d+)", usage)
+def nvidia_code(cubin: bytes, count: bool) -> dict[str, Any]:
+    """Registers a thread and spills (loads and stores of local memory) of a cubin; its instructions if `count`."""
+
+    def listing(option: str) -> str:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(cubin)
+            file.flush()
+            return subprocess.run([CUOBJDUMP, option, file.name], capture_output=True, text=True, check=True).stdout
+
+    usage = listing("-res-usage")
+    match = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert match, usage
-    names = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][\w.]*)", code)
-    return {
-        "registers": int(match[1]),
-        "spills": sum(name.split(".")[0] in ("LDL", "STL") for name in names),
-        "instructions": sum(name != "NOP" for name in names),
-    }
+    record = {"registers": int(match[1]), "spills": 0}
+    if count or int(match[2]):
+        code = listing("-sass")
+        names = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][\w.]*)", code)
+        record["spills"] = sum(name.split(".")[0] in ("LDL", "STL") for name in names)
+        if count:
+            record["instructions"] = sum(name != "NOP" for name in names)
+    return record
 
 
 def tensor_cores(ptx: str) -> str:

@@ -1,8 +1,8 @@
 """Time the ops against their peers: `python -m benchmarks.run [op ...] [--json FILE] [--quick]`.
 
 For every op and size: the reference in eager PyTorch ("reference"), the reference under `torch.compile` ("compiled"),
-the peers that `ops/<op>.py` names, and the public function as a user calls it ("ours"), in inference and in forward plus
-backward. On a CPU "ours" is the CPU path. A new op needs no entry here, only a file with a function `cases`:
+the peers that `ops/<op>.py` names, and the public function as a user calls it ("ours"), in inference and in forward
+plus backward. On a CPU "ours" is the CPU path. A new op needs no entry here, only a file with a function `cases`:
 
     cases(device, quick) yields (label, dtype, (cost of inference, cost of forward and backward),
                                  {contestant: (function, its tensors)})
@@ -96,9 +96,7 @@ def contestant(function: Callable, tensors: tuple, training: bool) -> Callable[[
 def bench(ops: Iterable[str], device: torch.device, quick: bool) -> tuple[list[dict], dict[str, dict[str, float]]]:
     """Return one row for every op, size, direction and contestant, and the measured ceiling of every dtype."""
     rows, ceilings = [], {}
-    jobs = [
-        (op, case) for op in ops for case in importlib.import_module(f"benchmarks.ops.{op}").cases(device, quick)
-    ]
+    jobs = [(op, case) for op in ops for case in importlib.import_module(f"benchmarks.ops.{op}").cases(device, quick)]
     # A case without a cost of training has no gradient to time.
     both = [(job, training) for job in jobs for training in (False, True) if job[1][2][training] is not None]
     for (op, case), training in progress(both):
@@ -194,9 +192,7 @@ def save(path: Path, record: dict) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.run", description="Time the ops and their peers."
-    )
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description="Time the ops and their peers.")
     parser.add_argument("ops", nargs="*", metavar="op", help=f"all by default: {', '.join(op_names())}")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep the rows with device, versions and date")
     parser.add_argument("--quick", action="store_true", help="tiny sizes and short runs, to see that it works")

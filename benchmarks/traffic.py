@@ -67,7 +67,8 @@ class Kernels:
         self.seen.setdefault(way, []).append(np.unique((first[:, None] + np.arange(size)).ravel()))
 
 
-VIEWS = ("view", "detach", "expand", "permute", "transpose", "t.", "unsqueeze", "squeeze", "slice", "select", "as_strided")
+VIEWS = ("view", "detach", "expand", "permute", "transpose", "t.", "unsqueeze", "squeeze", "slice", "select")
+ALSO = ("as_strided", "unbind", "split", "alias", "_unsafe_view", "empty")
 
 
 class Operations(TorchDispatchMode):
@@ -80,7 +81,7 @@ class Operations(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = function(*args, **(kwargs or {}))
         name = function.name().partition("::")[2]
-        if not any(name.startswith(view) for view in (*VIEWS, "unbind", "split", "alias", "_unsafe_view", "empty")):
+        if not any(name.startswith(view) for view in VIEWS + ALSO):
             tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)]
             self.bytes += sum(t.untyped_storage().nbytes() if 0 in t.stride() else t.nbytes for t in tensors)
         return out

@@ -90,6 +90,8 @@ def cases(device: torch.device, quick: bool) -> Iterator[tuple]:
 
 def launches(small: bool = False) -> Iterator[Launch]:
     """Yield both directions for one step, a step a row, and a step a column or an inner channel."""
+    like = torch.ones_like if small else torch.empty_like
+    new = torch.ones if small else torch.empty
     sizes = [
         ("tensor", (4096, 4096), None),
         ("row", (4096, 4096), 0),
@@ -107,14 +109,14 @@ def launches(small: bool = False) -> Iterator[Launch]:
         ]
     for kind, shape, axis in sizes:
         for dtype in BOTH:
-            x, scale = torch.empty(shape, dtype=dtype), torch.ones(1 if axis is None else shape[axis])
+            x, scale = new(shape, dtype=dtype), torch.ones(1 if axis is None else shape[axis])
             for way in ("forward", "backward"):
 
                 def run(x=x, scale=scale, axis=axis, way=way):
                     if way == "forward":
                         return torch.ops.polylib.fake_quantize(x, scale, None, 4, axis, True, True)
                     backward = torch.ops.polylib.fake_quantize_backward
-                    return backward(x, x, scale, None, 4, axis, True, True, True, True)
+                    return backward(like(x), x, scale, None, 4, axis, True, True, True, True)
 
                 def function(x, scale, axis=axis):
                     return fake_quantize_reference(x, scale, 4, axis)

@@ -41,12 +41,14 @@ def cases(device: torch.device, quick: bool) -> Iterator[tuple]:
 
 def launches(small: bool = False) -> Iterator[Launch]:
     """Yield both directions at widths of a group of 24, 96 and 384, both variants."""
+    like = torch.ones_like if small else torch.empty_like
+    new = torch.ones if small else torch.empty
     groups = 8
     sizes = [(12608, 192), (12608, 768), (50432, 3072)]
     for rows, width in [(64, width) for _, width in sizes] if small else sizes:
         for dtype in BOTH:
             for variant in "AB" if width == 768 else "A":
-                x, numerator = torch.empty(rows, width, dtype=dtype), torch.ones(groups, 6)
+                x, numerator = new(rows, width, dtype=dtype), torch.ones(groups, 6)
                 denominator = torch.ones(groups, 4)
                 args = (x, numerator, denominator)
                 for way in ("forward", "backward"):
@@ -55,7 +57,7 @@ def launches(small: bool = False) -> Iterator[Launch]:
                         if way == "forward":
                             return torch.ops.polylib.group_rational(*args, groups, variant == "B")
                         backward = torch.ops.polylib.group_rational_backward
-                        return backward(args[0], *args, groups, variant == "B", True, True)
+                        return backward(like(args[0]), *args, groups, variant == "B", True, True)
 
                     def function(*tensors, variant=variant):
                         return group_rational_reference(*tensors, groups, variant)

@@ -38,17 +38,19 @@ def cases(device: torch.device, quick: bool) -> Iterator[tuple]:
 
 def launches(small: bool = False) -> Iterator[Launch]:
     """Yield both directions for rows that are kept in registers, for rows that are walked, and for an odd width."""
+    like = torch.ones_like if small else torch.empty_like
+    new = torch.ones if small else torch.empty
     sizes = [(16384, 2048), (16384, 5632), (16384, 8192), (2048, 32768), (4096, 1001)]
     for rows, width in [(4, width) for _, width in sizes] if small else sizes:
         for dtype in BOTH:
-            x, weight, bias = torch.empty(rows, width, dtype=dtype), torch.ones(ORDER), torch.ones(1)
+            x, weight, bias = new(rows, width, dtype=dtype), torch.ones(ORDER), torch.ones(1)
             args = (x, weight, bias)
             for way in ("forward", "backward"):
 
                 def run(x=x, weight=weight, bias=bias, way=way):
                     if way == "forward":
                         return torch.ops.polylib.poly_norm(x, weight, bias, EPS)
-                    return torch.ops.polylib.poly_norm_backward(x, x, weight, EPS)
+                    return torch.ops.polylib.poly_norm_backward(like(x), x, weight, EPS)
 
                 eager = formula(poly_norm_reference, args, way == "backward")
                 yield Launch(f"{way} {rows}x{width}", dtype, run, x.numel(), cost(rows, width, dtype, way), eager)

@@ -27,16 +27,18 @@ def cases(device: torch.device, quick: bool) -> Iterator[tuple]:
 
 def launches(small: bool = False) -> Iterator[Launch]:
     """Yield both directions at a size that is a multiple of 16 entries, and at one that is not."""
+    like = torch.ones_like if small else torch.empty_like
+    new = torch.ones if small else torch.empty
     for rows, width in [(16, 512), (3, 1667)] if small else [(16384, 8192), (4096, 4099)]:
         for dtype in BOTH:
-            x, weight, bias = torch.empty(rows, width, dtype=dtype), torch.ones(ORDER), torch.ones(1)
+            x, weight, bias = new(rows, width, dtype=dtype), torch.ones(ORDER), torch.ones(1)
             args = (x, weight, bias)
             for way in ("forward", "backward"):
 
                 def run(x=x, weight=weight, bias=bias, way=way):
                     if way == "forward":
                         return torch.ops.polylib.poly_relu(x, weight, bias)
-                    return torch.ops.polylib.poly_relu_backward(x, x, weight)
+                    return torch.ops.polylib.poly_relu_backward(like(x), x, weight)
 
                 eager = formula(poly_relu_reference, args, way == "backward")
                 yield Launch(f"{way} {rows}x{width}", dtype, run, x.numel(), cost(x.numel(), dtype, way), eager)

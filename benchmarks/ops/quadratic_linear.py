@@ -40,11 +40,13 @@ def cases(device: torch.device, quick: bool) -> Iterator[tuple]:
 
 def launches(small: bool = False) -> Iterator[Launch]:
     """Yield both directions in bfloat16, in float32 with tensor cores (tf32) and exactly. Entries are those of y."""
+    like = torch.ones_like if small else torch.empty_like
+    new = torch.ones if small else torch.empty
     rows, width, outputs = (64, 64, 64) if small else (8192, 1024, 1024)
     for dtype, precision in ((torch.bfloat16, "highest"), (torch.float32, "high"), (torch.float32, "highest")):
-        x, y = torch.empty(rows, width, dtype=dtype), torch.empty(rows, outputs, dtype=dtype)
-        weights = [torch.empty(outputs, width, dtype=dtype) for _ in range(3)]
-        biases = [torch.empty(outputs, dtype=dtype) for _ in range(3)]
+        x, y = new(rows, width, dtype=dtype), new(rows, outputs, dtype=dtype)
+        weights = [new(outputs, width, dtype=dtype) for _ in range(3)]
+        biases = [new(outputs, dtype=dtype) for _ in range(3)]
         parameters = [tensor for pair in zip(weights, biases, strict=True) for tensor in pair]
         kind = "" if dtype == torch.bfloat16 else " tf32" if precision == "high" else " exact"
         for way in ("inference", "forward", "backward"):
@@ -55,7 +57,8 @@ def launches(small: bool = False) -> Iterator[Launch]:
                 try:
                     if way == "backward":
                         backward = torch.ops.polylib.quadratic_linear_backward
-                        return backward(y, x, *weights, y, y, True, True)
+                        r, g = like(y), like(y)
+                        return backward(y, x, *weights, r, g, True, True)
                     return torch.ops.polylib.quadratic_linear(x, *parameters, way == "forward")
                 finally:
                     torch.set_float32_matmul_precision(before)

@@ -87,11 +87,12 @@ def _fused(optimizer: type, w: Tensor, g: Tensor, rate: Tensor, **options: float
 
 def launches(small: bool = False) -> Iterator[Launch]:
     """Yield a step of both optimizers, with decay and scale, for rows that are a multiple of 16 entries or not."""
+    new = torch.ones if small else torch.empty
     sizes = [(128, 262144), (16, 17003)]
     for rows, columns in [(4, 4096), (4, 4099)] if small else sizes:
         for dtype in BOTH:
-            w, g = torch.empty(rows, columns, dtype=dtype), torch.empty(rows, columns, dtype=dtype)
-            m, s = torch.empty(rows, columns), torch.empty(rows, columns)
+            w, g = new(rows, columns, dtype=dtype), new(rows, columns, dtype=dtype)
+            m, s = new(rows, columns), new(rows, columns)
             rate, decay, scale = torch.ones(3, rows).unbind()
 
             def momentum(w=w, g=g, m=m, rate=rate, decay=decay, scale=scale):

@@ -162,7 +162,7 @@ def _forward_kernel(
 @triton.jit
 def _grad_of_tile(tile, grad, gate, slope, gamma, mean, rstd, pull):
     """The gradient of x; `pull` is the sum of q u over the group, over M s^3."""
-    local = gamma * grad * rstd * (gate + slope * tile * gate * (1.0 - gate))
+    local = gamma * grad * rstd * (gate + gate * (1.0 - gate) * tile * slope)
     return local - (tile - mean) * pull
 
 
@@ -192,7 +192,7 @@ def _backward_kernel(
             gate = tl.sigmoid(slope * tile)
             sum_beta += tl.sum(g, axis=1)
             sum_gamma += tl.sum(g * tile * gate * rstd, axis=1)
-            sum_v += tl.sum(g * gamma * rstd * tile * tile * gate * (1.0 - gate), axis=1)
+            sum_v += tl.sum(gate * (1.0 - gate) * tile * (tile * rstd) * (g * gamma), axis=1)
             if ONE_TILE and NEED_X:
                 own = tl.sum(gamma * tl.sum(g * tile * gate * rstd, axis=1)[:, None], axis=0) * scale
                 out = _grad_of_tile(tile, g, gate, slope, gamma, mean, rstd, own[None, :])
@@ -265,7 +265,7 @@ def _run_backward_kernel(
         gated = g * tile * gate * rstd
         sum_beta += g
         sum_gamma += gated
-        sum_v += g * gamma * rstd * tile * tile * gate * (1.0 - gate)
+        sum_v += gate * (1.0 - gate) * tile * (tile * rstd) * (g * gamma)
         if NEED_X:
             pull = tl.sum(gamma * gated, axis=0) * (rstd * rstd / size)
             store(grad_x + at, _grad_of_tile(tile, g, gate, slope, gamma, mean, rstd, pull), inside)
@@ -275,8 +275,8 @@ def _run_backward_kernel(
     tl.store(out + 2 * plane, sum_v, mask=inside)
 
 
-# Last the kernels for channels_last. A tile is (BLOCK_P pixels, LANES channels), of which GROUPS * D are used: a part of
-# each row of memory. Lanes keep their own statistics, which are merged when the sample has been walked.
+# Last the kernels for channels_last. A tile is (BLOCK_P pixels, LANES channels), of which GROUPS * D are used: a part
+# of each row of memory. Lanes keep their own statistics, which are merged when the sample has been walked.
 
 
 @triton.jit
@@ -356,15 +356,15 @@ def _lanes_backward_kernel(
         at = base + (p + rows).to(tl.int64) * C
         tile, g = load(x + at, ok), load(grad + at, ok)
         gate = tl.sigmoid(slope * tile)
-        gated = g * tile * gate
+        scaled = tile * rstd[None, :]
         beta_terms += g
-        gamma_terms += gated
-        v_terms += gated * tile * (1.0 - gate)
-    sum_gamma = tl.sum(gamma_terms, axis=0) * rstd
+        gamma_terms += g * scaled * gate
+        v_terms += gate * (1.0 - gate) * tile * scaled * g
+    sum_gamma = tl.sum(gamma_terms, axis=0)
     out = partial + sample * C + channel
     tl.store(out, sum_gamma, mask=lane_ok)
     tl.store(out + plane, tl.sum(beta_terms, axis=0), mask=lane_ok)
-    tl.store(out + 2 * plane, tl.sum(v_terms, axis=0) * gamma * rstd, mask=lane_ok)
+    tl.store(out + 2 * plane, tl.sum(v_terms, axis=0) * gamma, mask=lane_ok)
     if NEED_X:
         pull = _over_groups(gamma * sum_gamma, D, GROUPS, LANES) * rstd * rstd / (tl.cast(P, tl.float32) * D)
         for p in range(0, P, BLOCK_P):

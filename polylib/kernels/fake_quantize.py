@@ -78,15 +78,48 @@ def fake_quantize_reference(
     shape = [1] * x.dim()
     if axis is not None:
         shape[axis] = -1
-    wide, step = widened(x), widened(scale).view(shape)
-    if zero_point is not None:
-        zero = widened(zero_point).view(shape)
-        low, high = low - zero, high - zero
-    inner = wide if clip else wide.detach()
-    bound = (inner / torch.where(step == 0, torch.inf, step)).clamp(low, high)
-    code = torch.where(bound < 0, -1.0, 1.0) if signed and bits == 1 else bound.round()
-    y = step * (bound + (code - bound).detach())
-    return (y if clip else y + (wide - inner)).to(x.dtype)
+    step = widened(scale).view(shape)
+    zero = None if zero_point is None else widened(zero_point).view(shape)
+    return _FakeQuantize.apply(widened(x), step, zero, low, high, signed and bits == 1, clip).to(x.dtype)
+
+
+def _codes(x: Tensor, step: Tensor, zero: Tensor | None, low: float, high: float, binary: bool) -> tuple[Tensor, ...]:
+    """Return v = x / step, v within the levels, and the code."""
+    v = x / torch.where(step == 0, torch.inf, step)
+    bound = v.clamp(low, high) if zero is None else v.clamp(low - zero, high - zero)
+    return v, bound, torch.where(bound < 0, -1.0, 1.0).to(v.dtype) if binary else bound.round()
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """The straight-through gradients, in the few operations that they need.
+
+    What autograd would make of the formula divides by the square of the step, which is zero for a subnormal one.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, step, zero, low, high, binary, clip):
+        v, bound, code = _codes(x, step, zero, low, high, binary)
+        return step * torch.where(v.isnan(), v, code) if binary else code.mul_(step)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, step, zero, *ctx.settings = inputs
+        ctx.save_for_backward(x, step, zero)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, step, zero = ctx.saved_tensors
+        *levels, clip = ctx.settings
+        need_x, need_step = ctx.needs_input_grad[:2]
+        if not clip and not need_step:
+            return grad, *(None,) * 6
+        v, bound, code = _codes(x, step, zero, *levels)
+        inside = v == bound
+        grad_x = torch.where(inside & (step != 0), grad, 0.0) if need_x and clip else grad
+        grad_step = (grad * torch.where(inside, code - v, bound)).sum_to_size(step.shape) if need_step else None
+        return grad_x, grad_step, *(None,) * 5
 
 
 # --- the kernels ------------------------------------------------------------------------------------------------------
@@ -160,13 +193,13 @@ def _rows_forward_kernel(
     x, scale, zero, y, rows, channels, inner, low, high,
     BINARY: tl.constexpr, UNIT: tl.constexpr, ONE_ROW: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    row, at, ok, full, block, blocks = _rows_tile(rows, inner, UNIT, ONE_ROW, ROWS, COLUMNS)
+    row, at, ok, full, _block, _blocks = _rows_tile(rows, inner, UNIT, ONE_ROW, ROWS, COLUMNS)
     s, z = _step_of_rows(scale, zero, row, rows, channels, ROWS)
     if ONE_ROW and full:
-        v, bound, code = _quantize(load(x + at, None), s, z, low, high, BINARY)
+        _v, _bound, code = _quantize(load(x + at, None), s, z, low, high, BINARY)
         store(y + at, s * code, None)
     else:
-        v, bound, code = _quantize(load(x + at, ok), s, z, low, high, BINARY)
+        _v, _bound, code = _quantize(load(x + at, ok), s, z, low, high, BINARY)
         store(y + at, s * code, ok)
 
 
@@ -212,11 +245,11 @@ def _columns_forward_kernel(
     COLUMNS: tl.constexpr, STRIP: tl.constexpr,
 ):  # fmt: skip
     width = width * UNIT
-    row, column, channel, strip = _columns_tile(width, inner, ROWS, COLUMNS, STRIP)
+    row, column, channel, _strip = _columns_tile(width, inner, ROWS, COLUMNS, STRIP)
     s, z = _step(scale, zero, channel, column < width)
     for _ in range(STRIP):
         at, ok = row * width + column, (row < outer) & (column < width)
-        v, bound, code = _quantize(load(x + at, ok), s, z, low, high, BINARY)
+        _v, _bound, code = _quantize(load(x + at, ok), s, z, low, high, BINARY)
         store(y + at, s * code, ok)
         row += ROWS
 

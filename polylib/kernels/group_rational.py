@@ -212,7 +212,7 @@ def _partition(M: int, width: int, groups: int, itemsize: int) -> tuple[int, int
 
 
 def _strides(x: Tensor, numerator: Tensor, denominator: Tensor) -> tuple[tuple[int, ...], int]:
-    """The strides of x, of rows in units, and of the rows of coefficients, zero where all groups share one; the unit."""
+    """The strides of x, rows in units, and of the rows of coefficients, zero where groups share one; the unit."""
     part = unit(x.stride(0))
     rows = (0 if t.shape[0] == 1 else t.shape[1] for t in (numerator, denominator))
     return (x.stride(0) // part, x.stride(1), *rows), part

@@ -164,8 +164,9 @@ def _forward(x: Tensor, A: Tensor, S: Tensor, bias: Tensor | None) -> Tensor:
         )  # fmt: skip
         whole = unit(y.numel())
         _sum_kernel[(triton.cdiv(y.numel(), 512),)](
-            parts, None if bias is None else bias.contiguous(), y, y.numel() // whole, n * o, splits, UNIT=whole, BLOCK=512
-        )
+            parts, None if bias is None else bias.contiguous(), y, y.numel() // whole, n * o, splits,
+            UNIT=whole, BLOCK=512,
+        )  # fmt: skip
     return y
 
 

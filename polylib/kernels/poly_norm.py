@@ -82,9 +82,9 @@ def _inverse_scale(x: Tensor) -> Tensor:
 
 
 # --- the kernels ------------------------------------------------------------------------------------------------------
-# (block sizes, warps, pipeline stages). Where COLUMNS >= H a row stays in registers, and so is read once; that tile comes
-# first. Longer rows are walked in blocks of 1,024, since backward keeps seven sums for each entry of a block. Short rows
-# share a program, of which a reduction would otherwise leave most idle.
+# (block sizes, warps, pipeline stages). Where COLUMNS >= H a row stays in registers, and so is read once; that tile
+# comes first. Longer rows are walked in blocks of 1,024, since backward keeps seven sums for each entry of a block.
+# Short rows share a program, of which a reduction would otherwise leave most idle.
 
 _TILES = [
     ({"ROWS": 4, "COLUMNS": 512}, 4, 2),
