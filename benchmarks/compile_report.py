@@ -1,7 +1,7 @@
 """Compile the kernels without a GPU, count their traffic, and keep what was seen.
 
-`python -m benchmarks.compile_report` does it for every op,
-`python -m benchmarks.compile_report op ...` does it for some ops only, a few minutes each. The results are kept in
+`python -m benchmarks.compile_report` does it for every op, `python -m benchmarks.compile_report op ...` for some; an op
+takes a few minutes. The results are kept in
 `results/compile/<op>.json`; tests read them, and the page "The kernels" of the book shows them. They belong to the code
 whose digest they carry: comments and docstrings aside, any change of an op asks for a new report of it.
 
@@ -17,7 +17,6 @@ import json
 import os
 import pkgutil
 import subprocess
-import re
 import sys
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor

@@ -49,8 +49,8 @@ def cases(device: torch.device, quick: bool) -> Iterator[tuple]:
 def launches(small: bool = False) -> Iterator[Launch]:
     """Yield both directions and both formats for large images and few channels, and for the reverse."""
     like = torch.ones_like if small else torch.empty_like
-    # Small ones keep the channels of a group. Where a group is one run, the traffic depends on the number of samples, and
-    # is not counted.
+    # Small ones keep the channels of a group. Where a group is one run, the traffic depends on the number of samples,
+    # and is not counted.
     sizes = [(256, 64, 56, 56), (256, 256, 56, 56), (256, 512, 28, 28), (256, 2048, 7, 7), (256, 96, 17, 17)]
     small_sizes = [(1, 8, 56, 56), (1, 16, 56, 56), (1, 32, 28, 28)]
     for number, shape in enumerate(small_sizes if small else sizes):

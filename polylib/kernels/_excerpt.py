@@ -25,4 +25,4 @@ def excerpt(op_name: str) -> str:
     if source.count(BEGIN) != 1 or source.count(END) != 1:
         raise ValueError(f"op_name must be an op whose file marks one excerpt, got {op_name!r}")
     lines = source.partition(BEGIN)[2].partition(END)[0].splitlines()[1:-1]
-    return textwrap.dedent("\n".join(lines))
+    return textwrap.dedent("\n".join(lines)).strip("\n")

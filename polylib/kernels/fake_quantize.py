@@ -100,7 +100,7 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(x, step, zero, low, high, binary, clip):
-        v, bound, code = _codes(x, step, zero, low, high, binary)
+        v, _bound, code = _codes(x, step, zero, low, high, binary)
         return step * torch.where(v.isnan(), v, code) if binary else code.mul_(step)
 
     @staticmethod
@@ -159,6 +159,8 @@ def _quantize(x, s, z, low, high, BINARY: tl.constexpr):
     bound = tl.where(v < low, low, tl.where(v > high, high, v))  # keeps what is not a number
     code = tl.where(v < 0, -1.0, tl.where(v >= 0, 1.0, v)) if BINARY else round_half_even(bound)
     return v, bound, code
+
+
 # excerpt: end
 
 

@@ -99,6 +99,8 @@ def _relu(x):
 def _forward_block(x, a3, a2, a1, a0, y, at, ok):
     u = _relu(load(x + at, ok))
     store(y + at, ((a3 * u + a2) * u + a1) * u + a0, ok)
+
+
 # excerpt: end
 
 

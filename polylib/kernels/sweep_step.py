@@ -110,7 +110,8 @@ def _block(columns, blocks, BLOCK: tl.constexpr):
     row = (pid // blocks).to(tl.int64)
     first = row * columns
     start = first // 16 * 16 + (pid % blocks).to(tl.int64) * BLOCK
-    return row, start + tl.arange(0, BLOCK), first, first + columns, (start >= first) & (start + BLOCK <= first + columns)
+    end = first + columns
+    return row, start + tl.arange(0, BLOCK), first, end, (start >= first) & (start + BLOCK <= end)
 
 
 # excerpt: begin
@@ -122,6 +123,8 @@ def _sgd_block(parameter, gradient, velocity, eta, decay, scale, momentum, at, o
         step += momentum * load(velocity + at, ok)
         store(velocity + at, step, ok)
     store(parameter + at, w - eta * step, ok)
+
+
 # excerpt: end
 
 

@@ -1,10 +1,6 @@
 """Without a GPU the kernels run in Triton's interpreter, which must be chosen before they are first imported."""
 
 import os
-import subprocess
-import sys
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch

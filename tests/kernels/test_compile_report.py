@@ -105,5 +105,5 @@ def test_every_op_has_an_excerpt_that_is_short(op):
 
 
 def test_excerpt_of_no_op():
-    with pytest.raises(ValueError, match="op_name must be one of evonorm_s0, .* got 'no_such_op'"):
+    with pytest.raises(ValueError, match=r"op_name must be one of evonorm_s0, .* got 'no_such_op'"):
         excerpt("no_such_op")

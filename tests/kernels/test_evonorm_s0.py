@@ -1,9 +1,6 @@
 """evonorm_s0: the Triton path against the definition in float64, its registration, its checks, its cost."""
 
-import subprocess
-import sys
 from importlib import import_module
-from pathlib import Path
 
 import pytest
 import torch

@@ -316,7 +316,6 @@ def test_bad_arguments(changed, error, message):
         fake_quantize(**GOOD | changed)
 
 
-
 def test_bench_cases_run():
     op_file = import_module("benchmarks.ops.fake_quantize")
     for _, dtype, costs, contestants in op_file.cases(torch.device("cpu"), quick=True):

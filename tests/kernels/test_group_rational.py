@@ -1,16 +1,12 @@
 """group_rational: the Triton path against the definition in float64, its registration, its checks, its cost."""
 
 import json
-import subprocess
-import sys
 from functools import partial
 from importlib import import_module
-from pathlib import Path
 
 import pytest
 import torch
 
-import polylib
 from polylib.kernels import group_rational, group_rational_reference
 
 NAMES = ("x", "numerator", "denominator")

@@ -259,7 +259,6 @@ def test_n_of_one_is_the_linear_layer(device):
     torch.testing.assert_close(triton_op(x, A, S, bias), F.linear(x, A[0] * S[0], bias), rtol=1e-5, atol=1e-5)
 
 
-
 def test_bench_cases_run():
     op_file = import_module("benchmarks.ops.phm_linear")
     for _, dtype, costs, contestants in op_file.cases(torch.device("cpu"), quick=True):

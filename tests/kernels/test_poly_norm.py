@@ -257,4 +257,3 @@ def test_other_orders_have_the_reference_only(device):
     torch.testing.assert_close(poly_norm(*args), poly_norm_reference(*args))
     with pytest.raises(ValueError, match=r'backend="triton" needs weight of shape \(3,\), got \(2,\)'):
         triton_op(*args)
-

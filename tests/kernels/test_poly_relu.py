@@ -188,7 +188,6 @@ def test_other_orders_have_the_reference_only(device):
         triton_op(*args)
 
 
-
 @pytest.mark.parametrize("op", ["poly_relu", "poly_norm"])
 def test_bench_cases_run(op):
     op_file = import_module(f"benchmarks.ops.{op}")

@@ -184,7 +184,6 @@ def test_bad_arguments(w, bits, error, message):
         stats_quantize(w, bits)
 
 
-
 def test_bench_cases_run():
     op_file = import_module("benchmarks.ops.stats_quantize")
     for _, dtype, costs, contestants in op_file.cases(torch.device("cpu"), quick=True):

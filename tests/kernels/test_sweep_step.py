@@ -250,7 +250,6 @@ def test_bad_arguments_of_adam(changed, error, message):
         sweep_adam_step(**GOOD | STATE | changed)
 
 
-
 def test_bench_cases_run():
     for _, _, costs, contestants in import_module("benchmarks.ops.sweep_step").cases(torch.device("cpu"), True):
         after = {}
