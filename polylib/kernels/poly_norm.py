@@ -66,8 +66,9 @@ def poly_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float = EP
     y, power = bias, u
     for order, coefficient in enumerate(weight.flip(0), 1):
         mean_square = power.square().mean(-1, keepdim=True) + eps * inverse ** (2 * order)
-        y = y + coefficient * (power * torch.rsqrt(mean_square))
-        power = power * u
+        y = torch.addcmul(y, coefficient * torch.rsqrt(mean_square), power)
+        if order < len(weight):
+            power = power * u
     return y.to(x.dtype)
 
 

@@ -72,9 +72,9 @@ def quadratic_linear_reference(
 # --- the kernels ------------------------------------------------------------------------------------------------------
 # (block sizes, warps, pipeline stages), apart for products on tensor cores in 16 bits ("half") and in tf32, and exact
 # in float32 ("ieee"), where the product runs on the ordinary units and wants many registers. The first of each is small
-# enough for every GPU; none of them spills. In tf32 the tensor cores take operands in one order only: what the gradients
-# read the other way round is turned on its way through registers, and so not copied ahead of the loop (one stage), or it
-# would travel 4 bytes at a time.
+# enough for every GPU; none of them spills. In tf32 the tensor cores take operands in one order only: what the
+# gradients read the other way round is turned on its way through registers, and so not copied ahead of the loop (one
+# stage), or it would travel 4 bytes at a time.
 
 
 def _tiles(kinds: dict[str, list[tuple[int, int, int, int, int]]]) -> list[tuple[dict[str, Any], int, int]]:
