@@ -21,6 +21,7 @@ AFTER = {
         "book/past-one-machine",
         "book/kernels",
         "book/ledger",
+        "book/kernels",
         "book/timing",
         "book/api",
         "book/bibliography",
