@@ -107,19 +107,34 @@ class _FakeQuantize(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         x, step, zero, *ctx.settings = inputs
         ctx.save_for_backward(x, step, zero)
+        ctx.save_for_forward(x, step, zero)
+
+    @staticmethod
+    def slopes(ctx):
+        """Return where x counts, and dy/ds. Both are constants for higher derivatives: y is a line in x and s."""
+        x, step, zero = (None if t is None else t.detach() for t in ctx.saved_tensors)
+        *levels, clip = ctx.settings
+        v, bound, code = _codes(x, step, zero, *levels)
+        inside = v == bound
+        return inside & (step != 0) if clip else torch.ones_like(inside), torch.where(inside, code - v, bound)
 
     @staticmethod
     def backward(ctx, grad):
-        x, step, zero = ctx.saved_tensors
-        *levels, clip = ctx.settings
         need_x, need_step = ctx.needs_input_grad[:2]
-        if not clip and not need_step:
+        if not ctx.settings[-1] and not need_step:
             return grad, *(None,) * 6
-        v, bound, code = _codes(x, step, zero, *levels)
-        inside = v == bound
-        grad_x = torch.where(inside & (step != 0), grad, 0.0) if need_x and clip else grad
-        grad_step = (grad * torch.where(inside, code - v, bound)).sum_to_size(step.shape) if need_step else None
+        passes, slope = _FakeQuantize.slopes(ctx)
+        grad_x = torch.where(passes, grad, 0.0) if need_x else None
+        grad_step = (grad * slope).sum_to_size(ctx.saved_tensors[1].shape) if need_step else None
         return grad_x, grad_step, *(None,) * 5
+
+    @staticmethod
+    def jvp(ctx, x_tangent, step_tangent, *_others):
+        passes, slope = _FakeQuantize.slopes(ctx)
+        tangent = torch.zeros_like(slope)
+        if x_tangent is not None:
+            tangent = torch.where(passes, x_tangent, tangent)
+        return tangent if step_tangent is None else tangent + step_tangent * slope
 
 
 # --- the kernels ------------------------------------------------------------------------------------------------------

@@ -85,13 +85,17 @@ _PROGRAMS = 256
 def _tile(rows: int, n: int, itemsize: int) -> dict[str, int]:
     """The sizes of a tile: n and the rows are rounded up to powers of two, and the product has at least 16 rows.
 
-    Up to 256 rows of u and 32 columns of float32 take 64 registers a thread, and at most 48 KB of shared memory.
+    Beyond 128 rows of u a tile has half the columns, whose u would not fit in registers, and twice the outputs, so that
+    each thread still reads 16 bytes of S. At most 48 KB of shared memory.
     """
     padded = triton.next_power_of_2(n)
     block_m = max(triton.next_power_of_2(rows), 16 // padded)
-    large = padded * block_m > 64
-    block_i = 32 if large and itemsize == 4 else 64
-    return {"BLOCK_M": block_m, "N_PAD": padded, "BLOCK_O": 32, "BLOCK_I": block_i}
+    height = padded * block_m
+    block_i = 64 if height <= 64 else 128 // itemsize
+    block_o = 32
+    if height > 128:
+        block_i, block_o = block_i // 2, 64
+    return {"BLOCK_M": block_m, "N_PAD": padded, "BLOCK_O": block_o, "BLOCK_I": block_i}
 
 
 @triton.jit(do_not_specialize=["M", "per_split"])

@@ -38,45 +38,13 @@ def poly_relu_reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     x (...), weight (order,) with the highest power first, bias (1,). Any floating dtype and device; differentiable any
     number of times; works under `torch.func`. PyTorch itself checks the arguments.
     """
-    kind = widened(weight).dtype if weight.dtype != x.dtype else widened(x).dtype
-    return _PolyReLU.apply(widened(x), weight.to(kind), bias.to(kind)).to(x.dtype)
-
-
-class _PolyReLU(torch.autograd.Function):
-    """Horner's rule in place; autograd alone would keep a tensor of the size of x for each power."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x, weight, bias):
-        u = x.relu()
-        y = weight[0] * u
-        for coefficient in weight[1:]:
-            y = y.add_(coefficient).mul_(u)  # from the highest power down
-        return y.add_(bias[0])
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[:2])
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        need_x, need_weight, need_bias = ctx.needs_input_grad
-        u, order = x.relu(), len(weight)
-        grad_x = grad_weight = None
-        if need_x:
-            slope = torch.full_like(u, order) * weight[0]
-            for power, coefficient in zip(range(order - 1, 0, -1), weight[1:], strict=True):
-                slope = slope * u + power * coefficient
-            grad_x = torch.where(x <= 0, 0.0, grad * slope)
-        if need_weight:
-            terms, term = [], grad
-            for _ in range(order):
-                term = term * u
-                terms.append(term.sum())
-            grad_weight = torch.stack(terms[::-1])
-        return grad_x, grad_weight, grad.sum().view(1) if need_bias else None
+    u = widened(x).relu()
+    kind = widened(weight).dtype if weight.dtype != x.dtype else u.dtype
+    weight, bias = weight.to(kind), bias.to(kind)
+    y = weight[0] * u
+    for coefficient in weight[1:]:
+        y = (y + coefficient) * u  # Horner's rule, from the highest power down; not in place, for forward mode
+    return (y + bias[0]).to(x.dtype)
 
 
 # --- the kernels ------------------------------------------------------------------------------------------------------
