@@ -235,13 +235,13 @@ def _run_forward_kernel(
     gamma, beta, slope = load(weight + channel, inside), load(bias + channel, inside), load(v + channel, inside)
     size = D * P
     for sample in range(first, tl.minimum(first + STRIP, N)):
-        at = tl.cast(sample, tl.int64) * C * P + group * size + value
+        start = tl.cast(sample, tl.int64) * C * P + group * size
         # excerpt: begin
-        tile = load(x + at, inside)
+        tile = load(x + start + value, inside)
         mean = tl.sum(tile, axis=0) / size
         centred = tl.where(inside, tile - mean, 0.0)
         rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=0) / size + eps)
-        store(y + at, tile * tl.sigmoid(slope * tile) * rstd * gamma + beta, inside)
+        store(y + start + value, tile * tl.sigmoid(slope * tile) * rstd * gamma + beta, inside)
         # excerpt: end
         tl.store(mean_out + sample * (C // D) + group, mean)
         tl.store(rstd_out + sample * (C // D) + group, rstd)
