@@ -21,7 +21,6 @@ AFTER = {
         "book/past-one-machine",
         "book/kernels",
         "book/ledger",
-        "book/kernels",
         "book/timing",
         "book/api",
         "book/bibliography",
