@@ -90,7 +90,8 @@ def _forward_kernel(x, weight, bias, y, size, BLOCK: tl.constexpr):
 def _backward_block(grad, x, a3, a2, a1, grad_x, sums, at, ok):
     v, g = load(x + at, ok), load(grad + at, ok)
     u = _relu(v)
-    slope = (3 * a3 * u + 2 * a2) * u + a1
+    inner = a3 * u + a2  # value and derivative by one Horner scheme: 2 a_2 alone could overflow
+    slope = (a3 * u + inner) * u + (inner * u + a1)
     store(grad_x + at, tl.where(v <= 0, 0.0, g * slope), ok)
     gu = g * u
     guu = gu * u

@@ -1,6 +1,6 @@
 """Random shapes, dtypes, strides and values: the reference against float64, and the Triton path against the reference.
 
-`POLYLIB_FUZZ` is the number of examples of each test against float64 (10 by default); the Triton path, which is slow in
+`POLYLIB_FUZZ` is the number of examples of each test against float64 (4 by default); the Triton path, which is slow in
 the interpreter, gets a twentieth, and 2 at least.
 """
 
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import polylib.kernels as kernels
 from polylib.kernels.phm_linear import phm_linear_factored
 
-EXAMPLES = int(os.environ.get("POLYLIB_FUZZ", "10"))
+EXAMPLES = int(os.environ.get("POLYLIB_FUZZ", "4"))
 COMMON = dict(deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 REFERENCE = settings(max_examples=EXAMPLES, **COMMON)
 TRITON = settings(max_examples=max(2, EXAMPLES // 20), **COMMON)
