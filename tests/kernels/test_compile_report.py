@@ -36,12 +36,9 @@ def test_every_kernel_can_be_launched_on_every_target(op):
         assert record["launchable"], record
 
 
-# What is left: one register, written once and read once.
-ONE_REGISTER = {
-    ("evonorm_s0", "sm_80", "run_forward_kernel"),
-    ("evonorm_s0", "sm_120", "backward_kernel"),
-    ("group_rational", "sm_100", "backward_kernel"),
-}
+# ptxas stops at 72 registers a thread, to fit one more block on a multiprocessor, and keeps one value in memory: it is
+# written once and read once, beside thousands of instructions.
+ONE_REGISTER = {("group_rational", "sm_100", "backward_kernel")}
 
 
 @pytest.mark.parametrize("op", compile_report.OPS)
