@@ -36,8 +36,8 @@ def test_every_kernel_can_be_launched_on_every_target(op):
         assert record["launchable"], record
 
 
-# ptxas stops at 72 registers a thread, to fit one more block on a multiprocessor, and keeps one value in memory: it is
-# written once and read once, beside thousands of instructions.
+# ptxas keeps to 72 registers a thread: seven blocks of four warps fit on a multiprocessor then, with 80 only six. It
+# puts one value into memory: one store, one load.
 ONE_REGISTER = {("group_rational", "sm_100", "backward_kernel")}
 
 
