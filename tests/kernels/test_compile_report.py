@@ -36,7 +36,7 @@ def test_every_kernel_can_be_launched_on_every_target(op):
         assert record["launchable"], record
 
 
-# What is not mended yet: kernels that keep values in memory on one of the targets, and by how many instructions at most.
+# Not mended yet: kernels that keep values in memory on one of the targets, and by how many instructions at most.
 SPILLS = {
     ("evonorm_s0", "sm_120", "backward_kernel"): 2,
     ("group_rational", "sm_100", "backward_kernel"): 2,
