@@ -80,7 +80,9 @@ def fake_quantize_reference(
         shape[axis] = -1
     step = widened(scale).view(shape)
     zero = None if zero_point is None else widened(zero_point).view(shape)
-    return _FakeQuantize.apply(widened(x), step, zero, low, high, signed and bits == 1, clip).to(x.dtype)
+    # torch.compile can't trace a formula for forward mode.
+    function = _FakeQuantize if torch.compiler.is_compiling() else _FakeQuantizeBothModes
+    return function.apply(widened(x), step, zero, low, high, signed and bits == 1, clip).to(x.dtype)
 
 
 def _codes(x: Tensor, step: Tensor, zero: Tensor | None, low: float, high: float, binary: bool) -> tuple[Tensor, ...]:
@@ -107,7 +109,6 @@ class _FakeQuantize(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         x, step, zero, *ctx.settings = inputs
         ctx.save_for_backward(x, step, zero)
-        ctx.save_for_forward(x, step, zero)
 
     @staticmethod
     def slopes(ctx):
@@ -127,6 +128,15 @@ class _FakeQuantize(torch.autograd.Function):
         grad_x = torch.where(passes, grad, 0.0) if need_x else None
         grad_step = (grad * slope).sum_to_size(ctx.saved_tensors[1].shape) if need_step else None
         return grad_x, grad_step, *(None,) * 5
+
+
+class _FakeQuantizeBothModes(_FakeQuantize):
+    """The same, and its tangents for forward mode."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _FakeQuantize.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[:3])
 
     @staticmethod
     def jvp(ctx, x_tangent, step_tangent, *_others):
