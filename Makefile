@@ -16,7 +16,7 @@ PYTHON = $(shell for p in python3 python3.13 python3.12 python3.11 python3.14 py
 ROOT_FLAG = $(if $(filter 0,$(shell id -u)),--allow-root)
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test check book chapter serve notebooks robust record format clean
+.PHONY: help lab test check book chapter serve notebooks robust record fuzz format clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -47,6 +47,9 @@ robust: $(STAMP)  ## the verdicts under other processors' instructions; C="neuro
 
 record: $(STAMP)  ## run chapters at scale laptop and keep what came out: make record C=neurons/polycom
 	@$(RUN) tools.record $(C)
+
+fuzz: $(STAMP)  ## drawn inputs for the kernels: 10,000 an op for the definition, 500 for the Triton path
+	@POLYLIB_FUZZ=10000 TRITON_INTERPRET=1 $(RUN) pytest tests/fuzz -q
 
 format: $(STAMP)  ## format code and cells, and write what follows book/chapters.yml
 	@$(RUN) tools.lint --fix

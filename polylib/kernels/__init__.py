@@ -8,12 +8,16 @@ How to read an op file (`quadratic_linear.py` is the first; all others keep its 
 3. the Triton kernels, forward first. They accumulate in float32 and mask every edge, so that any shape works;
 4. the registration with `torch.library`, which is what makes `torch.compile`, `torch.func` and export work;
 5. the public function: it checks its arguments, then picks the kernels or the reference (`backend=`);
-6. `cost`: the least bytes and flops the operation can take, and `bench_cases`: what `polylib.kernels.bench` times.
+6. `cost`: the least bytes and flops the operation can take.
+
+The few lines between the comments `# excerpt: begin` and `# excerpt: end` are what a chapter shows of a kernel
+(`excerpt`). What is timed, and what the compiler makes of each kernel, is in `benchmarks/` of the repository.
 
 Everything imports and runs without a GPU and without Triton. With `TRITON_INTERPRET=1` set before the first import
 the kernels themselves run on CPU tensors, slowly: that is how they are tested where there is no GPU.
 """
 
+from polylib.kernels._excerpt import excerpt
 from polylib.kernels.evonorm_s0 import evonorm_s0, evonorm_s0_reference
 from polylib.kernels.fake_quantize import code_range, fake_quantize, fake_quantize_reference
 from polylib.kernels.group_rational import group_rational, group_rational_reference
@@ -33,6 +37,7 @@ __all__ = [
     "code_range",
     "evonorm_s0",
     "evonorm_s0_reference",
+    "excerpt",
     "fake_quantize",
     "fake_quantize_reference",
     "group_rational",

@@ -21,39 +21,116 @@ except ImportError:  # macOS, or a CPU-only install: op files must still import,
             return fn if fn is not None else lambda f: f
 
     tl = None
-    HAS_TRITON = INTERPRETED = False
+    HAS_TRITON = INTERPRETED = IN_INTERPRETER = False
 else:
     HAS_TRITON = True
     # Read once: `triton.jit` decides when it decorates, so a later change of the variable has no effect on the kernels.
     INTERPRETED = bool(triton.knobs.runtime.interpret)
-    _INTERPRETED = tl.constexpr(INTERPRETED)
+    IN_INTERPRETER = tl.constexpr(INTERPRETED)  # for use in kernels
 
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @triton.jit
+def wide(x):
+    """Return x in float32."""
+    if IN_INTERPRETER and x.dtype == tl.bfloat16:  # the interpreter's own conversion loses subnormals
+        x = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def narrow(x, dtype: tl.constexpr):
+    """Return x, in float32, rounded to dtype."""
+    if IN_INTERPRETER and dtype == tl.bfloat16:  # the interpreter would cut off digits, where a GPU rounds half to even
+        bits = x.to(tl.uint32, bitcast=True)
+        rounded = bits + 0x7FFF + ((bits >> 16) & 1)
+        bits = tl.where(x == x, rounded, 0x7FC00000)
+        x = (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def load(at, ok):
+    """Read float32 values; `ok` masks them, and None says that all exist, which leaves loads as wide as they can be."""
+    if ok is None:
+        values = tl.load(at)
+    else:
+        values = tl.load(at, mask=ok, other=0.0)
+    return wide(values)
+
+
+@triton.jit
+def store(at, x, ok):
+    """Write float32 values in the dtype of the pointers; `ok` as in `load`."""
+    tl.store(at, narrow(x, at.dtype.element_ty), mask=ok)
+
+
+@triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """Return acc + a @ b, accumulated in float32. PRECISION comes from `dot_precision`."""
-    if _INTERPRETED:  # its `tl.dot` would multiply the bit patterns of bfloat16; widened, the products are the same
+    if IN_INTERPRETER:  # its `tl.dot` would multiply the bit patterns of bfloat16; widened, the products are the same
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 @triton.jit
 def round_half_even(x):
-    """Round to the nearest integer, halves to the even one, as torch.round does; |x| must be below 2^22."""
-    return (x + 12582912.0) - 12582912.0  # 1.5 * 2^23: float32 has no fraction there
+    """Round to the nearest integer, halves to the even one, as torch.round does; what is not finite stays."""
+    shift = tl.where(x < 0, -8388608.0, 8388608.0)  # 2^23: from there on float32 has no fraction
+    return tl.where(tl.abs(x) < 8388608.0, (x + shift) - shift, x)
 
 
-def autotune(tiles: Sequence[tuple[dict[str, int], int, int]], key: Sequence[str]) -> Callable:
-    """Decorate a kernel so that the fastest of `tiles`, each (block sizes, warps, stages), is found once per `key`.
+class Tiles:
+    """A kernel with the tiles that it may be launched with; `kernel[grid](...)` as ever.
 
-    Under the interpreter only the first is kept: there is no device to time the others on.
+    The fastest is found by timing, once per `key`, and kept on disk. The first that `keep` leaves serves where nothing
+    can be timed: under the interpreter, and while a CUDA graph is captured.
+    """
+
+    def __init__(self, kernel: Any, configs: list, key: Sequence[str], keep: Callable[..., bool] | None):
+        self.kernel, self.configs, self.keep = kernel, configs, keep
+        self.tuned = triton.autotune(
+            configs, key=list(key), prune_configs_by={"early_config_prune": self.prune}, cache_results=True
+        )(kernel)
+
+    def prune(self, configs: list, named: dict[str, Any], **constants: Any) -> list:
+        """Return the configurations that suit the arguments of a launch."""
+        return [config for config in configs if self.keep is None or self.keep(config.kwargs, named | constants)]
+
+    def __getitem__(self, grid: Any) -> Callable[..., Any]:
+        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        if not INTERPRETED and not capturing:
+            return self.tuned[grid]
+
+        def launch(*args: Any, **constants: Any) -> Any:
+            named = dict(zip(self.kernel.arg_names, args, strict=False))
+            config = self.prune(self.configs, named, **constants)[0]
+            return self.kernel[grid](*args, **constants, **config.all_kwargs())
+
+        return launch
+
+
+def autotune(
+    tiles: Sequence[tuple[dict[str, int], int, int]], key: Sequence[str], keep: Callable[..., bool] | None = None
+) -> Callable:
+    """Decorate a kernel so that it is launched with one of `tiles`, each (block sizes, warps, stages); see `Tiles`.
+
+    `keep(tile, arguments)` leaves out the tiles that don't suit the arguments, by name, of a launch: those that would
+    spill registers, or want more shared memory than a block may have.
     """
     if not HAS_TRITON:
         return lambda kernel: kernel
     configs = [triton.Config(blocks, num_warps=warps, num_stages=stages) for blocks, warps, stages in tiles]
-    return triton.autotune(configs[:1] if INTERPRETED else configs, key=list(key))
+    return lambda kernel: Tiles(kernel, configs, key, keep)
+
+
+def unit(size: int) -> int:
+    """Return the largest of 1, 2, 4, 8 and 16 that divides `size`.
+
+    A kernel that is handed `size // unit(size)` and, as a constant, `unit(size)` knows how its rows are aligned.
+    """
+    return min(size & -size, 16) if size else 16
 
 
 def row_bucket(rows: int) -> int:

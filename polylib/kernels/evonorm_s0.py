@@ -16,7 +16,14 @@ $$\nabla x = \frac qs\,[\sigma + vx\,\sigma(1-\sigma)] - \frac{x-\mu}{M s^3} \su
   \nabla\gamma = \sum \frac{\partial L}{\partial y}\,\frac us, \quad \nabla\beta = \sum\frac{\partial L}{\partial y}.$$
 
 What is saved for backward: x, and $\mu$ and $1/s$ of each group in float32. Everything else is recomputed from x: a
-logistic function costs less than the memory traffic of its result. One program works on one group.
+logistic function costs less than the memory traffic of its result. Memory decides what a program works on:
+
+- contiguous images whose rows are a multiple of 16 bytes, and large ones: one group, channel by channel;
+- small contiguous images, such as 7 x 7: one group of up to 4,096 values as one flat run of memory, in one sample after
+  the other, so that the parameters of its entries are read once for all samples;
+- channels_last: the channels of several groups in one sample, so that rows of memory are read whole.
+
+In each of them
 
 - forward reads x and writes y. A group that fits in one tile (4,096 values) is read once; a larger one is read again
   for the output, when most of it is still in the L2 cache. The variance is merged from tile to tile by the formula of
@@ -31,11 +38,10 @@ At (256, 256, 56, 56) in bfloat16 x is 411 MB: forward moves at least 822 MB, ba
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from polylib.kernels._common import (
@@ -43,10 +49,13 @@ from polylib.kernels._common import (
     check_shape,
     check_tensors,
     choose_backend,
+    load,
     no_double_backward,
     on_device,
+    store,
     tl,
     triton,
+    unit,
     widened,
 )
 from polylib.kernels._cost import Cost
@@ -69,8 +78,9 @@ def evonorm_s0_reference(x: Tensor, weight: Tensor, bias: Tensor, v: Tensor, gro
 
 
 # --- the kernels ------------------------------------------------------------------------------------------------------
-# A tile is (BLOCK_D channels, BLOCK_P pixels); stride_d and stride_p are (P, 1) for contiguous tensors and (1, C) for
-# channels_last ones. One of them is 1, which the compiler sees, so that neighbouring threads read neighbouring values.
+# First the kernels for groups that are walked channel by channel. A tile is (BLOCK_D channels, BLOCK_P pixels);
+# stride_d and stride_p are (P, 1) for contiguous tensors and (1, C) for channels_last ones. One of them is 1, which the
+# compiler sees, so that neighbouring threads read neighbouring values.
 
 _TILE = 4096
 
@@ -108,7 +118,7 @@ def _merge(tile, ok, size, count, mean, m2):
 
 @triton.jit
 def _channel_parameter(values, channel, ok):
-    return tl.load(values + channel, mask=ok, other=0.0).to(tl.float32)[:, None]
+    return load(values + channel, ok)[:, None]
 
 
 @triton.jit
@@ -125,7 +135,7 @@ def _forward_kernel(
     for d in range(0, D, BLOCK_D):
         for p in range(0, P, BLOCK_P):
             offsets, ok = _place(d + ds, p + ps, D, P, stride_d, stride_p)
-            tile = tl.load(x + base + offsets, mask=ok, other=0.0).to(tl.float32)
+            tile = load(x + base + offsets, ok)
             size = (tl.minimum(D - d, BLOCK_D) * tl.minimum(P - p, BLOCK_P)).to(tl.float32)
             count, mean, m2 = _merge(tile, ok, size, count, mean, m2)
             if ONE_TILE:
@@ -133,7 +143,7 @@ def _forward_kernel(
                 channel = group * D + ds
                 out = tile * tl.sigmoid(_channel_parameter(v, channel, ds < D) * tile) * rstd
                 out = out * _channel_parameter(weight, channel, ds < D) + _channel_parameter(bias, channel, ds < D)
-                tl.store(y + base + offsets, out.to(y.dtype.element_ty), mask=ok)
+                store(y + base + offsets, out, ok)
     rstd = 1.0 / tl.sqrt(m2 / count + eps)
     tl.store(mean_out + pid, mean)
     tl.store(rstd_out + pid, rstd)
@@ -144,15 +154,15 @@ def _forward_kernel(
             slope = _channel_parameter(v, channel, d_ok)
             for p in range(0, P, BLOCK_P):
                 offsets, ok = _place(d + ds, p + ps, D, P, stride_d, stride_p)
-                tile = tl.load(x + base + offsets, mask=ok, other=0.0).to(tl.float32)
+                tile = load(x + base + offsets, ok)
                 out = tile * tl.sigmoid(slope * tile) * rstd * gamma + beta
-                tl.store(y + base + offsets, out.to(y.dtype.element_ty), mask=ok)
+                store(y + base + offsets, out, ok)
 
 
 @triton.jit
 def _grad_of_tile(tile, grad, gate, slope, gamma, mean, rstd, pull):
     """The gradient of x; `pull` is the sum of q u over the group, over M s^3."""
-    local = gamma * grad * rstd * (gate + slope * tile * gate * (1.0 - gate))
+    local = gamma * grad * rstd * (gate + gate * (1.0 - gate) * tile * slope)
     return local - (tile - mean) * pull
 
 
@@ -177,16 +187,16 @@ def _backward_kernel(
         sum_v = tl.zeros((BLOCK_D,), tl.float32)
         for p in range(0, P, BLOCK_P):
             offsets, ok = _place(d + ds, p + ps, D, P, stride_d, stride_p)
-            tile = tl.load(x + base + offsets, mask=ok, other=0.0).to(tl.float32)
-            g = tl.load(grad + base + offsets, mask=ok, other=0.0).to(tl.float32)
+            tile = load(x + base + offsets, ok)
+            g = load(grad + base + offsets, ok)
             gate = tl.sigmoid(slope * tile)
             sum_beta += tl.sum(g, axis=1)
             sum_gamma += tl.sum(g * tile * gate * rstd, axis=1)
-            sum_v += tl.sum(g * gamma * rstd * tile * tile * gate * (1.0 - gate), axis=1)
+            sum_v += tl.sum(gate * (1.0 - gate) * tile * (tile * rstd) * (g * gamma), axis=1)
             if ONE_TILE and NEED_X:
                 own = tl.sum(gamma * tl.sum(g * tile * gate * rstd, axis=1)[:, None], axis=0) * scale
                 out = _grad_of_tile(tile, g, gate, slope, gamma, mean, rstd, own[None, :])
-                tl.store(grad_x + base + offsets, out.to(grad_x.dtype.element_ty), mask=ok)
+                store(grad_x + base + offsets, out, ok)
         target = partial + sample * C + channel
         tl.store(target, sum_gamma, mask=d_ok)
         tl.store(target + partial_stride, sum_beta, mask=d_ok)
@@ -198,10 +208,174 @@ def _backward_kernel(
             gamma, slope = _channel_parameter(weight, channel, d_ok), _channel_parameter(v, channel, d_ok)
             for p in range(0, P, BLOCK_P):
                 offsets, ok = _place(d + ds, p + ps, D, P, stride_d, stride_p)
-                tile = tl.load(x + base + offsets, mask=ok, other=0.0).to(tl.float32)
-                g = tl.load(grad + base + offsets, mask=ok, other=0.0).to(tl.float32)
+                tile = load(x + base + offsets, ok)
+                g = load(grad + base + offsets, ok)
                 out = _grad_of_tile(tile, g, tl.sigmoid(slope * tile), slope, gamma, mean, rstd, pull)
-                tl.store(grad_x + base + offsets, out.to(grad_x.dtype.element_ty), mask=ok)
+                store(grad_x + base + offsets, out, ok)
+
+
+# Next the kernels for a group that is one run of M = DP values in memory. A program keeps the parameters of each value
+# in registers, and works on STRIP samples.
+
+
+@triton.jit
+def _run(N, C, D, P, STRIP: tl.constexpr, BLOCK: tl.constexpr):
+    """This program's group and first sample, the values of a group, the channel of each, and which exist."""
+    groups = C // D
+    group, first = tl.program_id(0) % groups, tl.program_id(0) // groups * STRIP
+    value = tl.arange(0, BLOCK)
+    return group, first, value, group * D + value // P, value < D * P
+
+
+@triton.jit
+def _run_forward_kernel(
+    x, weight, bias, v, y, mean_out, rstd_out, N, C, D, P, eps, STRIP: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    group, first, value, channel, inside = _run(N, C, D, P, STRIP, BLOCK)
+    gamma, beta, slope = load(weight + channel, inside), load(bias + channel, inside), load(v + channel, inside)
+    size = D * P
+    for sample in range(first, tl.minimum(first + STRIP, N)):
+        start = tl.cast(sample, tl.int64) * C * P + group * size
+        # excerpt: begin
+        tile = load(x + start + value, inside)
+        mean = tl.sum(tile, axis=0) / size
+        centred = tl.where(inside, tile - mean, 0.0)
+        rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=0) / size + eps)
+        store(y + start + value, tile * tl.sigmoid(slope * tile) * rstd * gamma + beta, inside)
+        # excerpt: end
+        tl.store(mean_out + sample * (C // D) + group, mean)
+        tl.store(rstd_out + sample * (C // D) + group, rstd)
+
+
+@triton.jit
+def _run_backward_kernel(
+    grad, x, weight, v, means, rstds, grad_x, partial, N, C, D, P, plane,
+    NEED_X: tl.constexpr, STRIP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    group, first, value, channel, inside = _run(N, C, D, P, STRIP, BLOCK)
+    gamma, slope = load(weight + channel, inside), load(v + channel, inside)
+    size = D * P
+    sum_beta = tl.zeros((BLOCK,), tl.float32)
+    sum_gamma, sum_v = sum_beta, sum_beta
+    for sample in range(first, tl.minimum(first + STRIP, N)):
+        at = tl.cast(sample, tl.int64) * C * P + group * size + value
+        mean, rstd = tl.load(means + sample * (C // D) + group), tl.load(rstds + sample * (C // D) + group)
+        tile, g = load(x + at, inside), load(grad + at, inside)
+        gate = tl.sigmoid(slope * tile)
+        gated = g * tile * gate * rstd
+        sum_beta += g
+        sum_gamma += gated
+        sum_v += gate * (1.0 - gate) * tile * (tile * rstd) * (g * gamma)
+        if NEED_X:
+            pull = tl.sum(gamma * gated, axis=0) * (rstd * rstd / size)
+            store(grad_x + at, _grad_of_tile(tile, g, gate, slope, gamma, mean, rstd, pull), inside)
+    out = partial + (first // STRIP).to(tl.int64) * C * P + group * size + value
+    tl.store(out, sum_gamma, mask=inside)
+    tl.store(out + plane, sum_beta, mask=inside)
+    tl.store(out + 2 * plane, sum_v, mask=inside)
+
+
+# Last the kernels for channels_last. A tile is (BLOCK_P pixels, LANES channels), of which GROUPS * D are used: a part
+# of each row of memory. Lanes keep their own statistics, which are merged when the sample has been walked.
+
+
+@triton.jit
+def _lanes(C, G, D: tl.constexpr, GROUPS: tl.constexpr, LANES: tl.constexpr):
+    """This program's sample; of each lane its group, its channel, whether it exists, and whether it is the first."""
+    blocks = tl.cdiv(G, GROUPS)
+    sample, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
+    lane = tl.arange(0, LANES)
+    channel = block * (GROUPS * D) + lane
+    ok = (lane < GROUPS * D) & (channel < C)
+    return sample, block * GROUPS + lane // D, channel, ok, ok & (lane % D == 0)
+
+
+@triton.jit
+def _over_groups(values, D: tl.constexpr, GROUPS: tl.constexpr, LANES: tl.constexpr):
+    """The sum over the lanes of each group, for each lane; zero is expected in lanes that don't exist."""
+    if GROUPS == 1:
+        sums = tl.sum(values, axis=0) + tl.zeros_like(values)
+    elif GROUPS * D == LANES:
+        sums = tl.sum(tl.reshape(values, (GROUPS, D)), axis=1)[:, None]
+        sums = tl.reshape(tl.broadcast_to(sums, (GROUPS, D)), (LANES,))
+    else:
+        group = tl.arange(0, LANES) // D
+        sums = tl.sum(tl.where(group[:, None] == group[None, :], values[None, :], 0.0), axis=1)
+    return sums
+
+
+@triton.jit
+def _lanes_forward_kernel(
+    x, weight, bias, v, y, mean_out, rstd_out, C, G, P, eps,
+    D: tl.constexpr, UNIT: tl.constexpr, GROUPS: tl.constexpr, LANES: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    C = C * UNIT
+    sample, group, channel, lane_ok, lead = _lanes(C, G, D, GROUPS, LANES)
+    base = sample * P * C + channel[None, :]
+    rows = tl.arange(0, BLOCK_P)[:, None]
+    means = tl.zeros((BLOCK_P, LANES), tl.float32)
+    m2 = tl.zeros_like(means)
+    for p in range(0, P, BLOCK_P):
+        ok = (p + rows < P) & lane_ok[None, :]
+        tile = load(x + base + (p + rows).to(tl.int64) * C, ok)
+        delta = tile - means
+        means += tl.where(ok, delta * (1.0 / (p // BLOCK_P + 1)), 0.0)
+        m2 += tl.where(ok, delta * (tile - means), 0.0)
+    counts = ((P - rows + BLOCK_P - 1) // BLOCK_P).to(tl.float32)  # of pixels that each row has seen
+    mean = tl.sum(counts * means, axis=0) / P
+    spread = tl.sum(m2 + counts * (means - mean[None, :]) * (means - mean[None, :]), axis=0)
+    group_mean = _over_groups(mean, D, GROUPS, LANES) / D
+    spread += tl.where(lane_ok, (mean - group_mean) * (mean - group_mean) * P, 0.0)
+    rstd = 1.0 / tl.sqrt(_over_groups(spread, D, GROUPS, LANES) / (tl.cast(P, tl.float32) * D) + eps)
+    tl.store(mean_out + sample * G + group, group_mean, mask=lead)
+    tl.store(rstd_out + sample * G + group, rstd, mask=lead)
+    factor, beta = (rstd * load(weight + channel, lane_ok))[None, :], load(bias + channel, lane_ok)[None, :]
+    slope = load(v + channel, lane_ok)[None, :]
+    for p in range(0, P, BLOCK_P):
+        ok = (p + rows < P) & lane_ok[None, :]
+        at = base + (p + rows).to(tl.int64) * C
+        tile = load(x + at, ok)
+        store(y + at, tile * tl.sigmoid(slope * tile) * factor + beta, ok)
+
+
+@triton.jit
+def _lanes_backward_kernel(
+    grad, x, weight, v, means, rstds, grad_x, partial, C, G, P, plane, NEED_X: tl.constexpr,
+    D: tl.constexpr, UNIT: tl.constexpr, GROUPS: tl.constexpr, LANES: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    C = C * UNIT
+    sample, group, channel, lane_ok, _lead = _lanes(C, G, D, GROUPS, LANES)
+    base = sample * P * C + channel[None, :]
+    rows = tl.arange(0, BLOCK_P)[:, None]
+    gamma, slope = load(weight + channel, lane_ok), load(v + channel, lane_ok)[None, :]
+    mean, rstd = load(means + sample * G + group, lane_ok), load(rstds + sample * G + group, lane_ok)
+    beta_terms = tl.zeros((BLOCK_P, LANES), tl.float32)
+    gamma_terms, v_terms = beta_terms, beta_terms
+    for p in range(0, P, BLOCK_P):
+        ok = (p + rows < P) & lane_ok[None, :]
+        at = base + (p + rows).to(tl.int64) * C
+        tile, g = load(x + at, ok), load(grad + at, ok)
+        gate = tl.sigmoid(slope * tile)
+        scaled = tile * rstd[None, :]
+        beta_terms += g
+        gamma_terms += g * scaled * gate
+        v_terms += gate * (1.0 - gate) * tile * scaled * g
+    sum_gamma = tl.sum(gamma_terms, axis=0)
+    out = partial + sample * C + channel
+    tl.store(out, sum_gamma, mask=lane_ok)
+    tl.store(out + plane, tl.sum(beta_terms, axis=0), mask=lane_ok)
+    tl.store(out + 2 * plane, tl.sum(v_terms, axis=0) * gamma, mask=lane_ok)
+    if NEED_X:
+        pull = _over_groups(gamma * sum_gamma, D, GROUPS, LANES) * rstd * rstd / (tl.cast(P, tl.float32) * D)
+        for p in range(0, P, BLOCK_P):
+            ok = (p + rows < P) & lane_ok[None, :]
+            at = base + (p + rows).to(tl.int64) * C
+            tile, g = load(x + at, ok), load(grad + at, ok)
+            gate = tl.sigmoid(slope * tile)
+            out_x = _grad_of_tile(
+                tile, g, gate, slope, gamma[None, :], mean[None, :], rstd[None, :], pull[None, :]
+            )  # fmt: skip
+            store(grad_x + at, out_x, ok)
 
 
 # --- registration -----------------------------------------------------------------------------------------------------
@@ -212,12 +386,51 @@ def _dense(x: Tensor) -> Tensor:
     return x if x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
 
 
-def _geometry(x: Tensor, groups: int) -> tuple[tuple[int, ...], dict[str, int | bool]]:
-    """The sizes and strides, and the tile, that both kernels take for a dense x."""
+def _way(x: Tensor, groups: int) -> str:
+    """How a dense x is worked on: "lanes", "run" or "channels"."""
     _, C, H, W = x.shape
-    channels_last = not x.is_contiguous()
-    strides = (1, C) if channels_last else (H * W, 1)
-    return (C, C // groups, H * W, *strides), _blocks(C // groups, H * W, channels_last)
+    channels, pixels = C // groups, H * W
+    if not x.is_contiguous():
+        return "lanes" if channels <= 512 else "channels"
+    wide = pixels * x.itemsize % 16 == 0
+    return "run" if channels * pixels <= _TILE and not wide else "channels"
+
+
+def _launch(kernels: dict[str, Any], x: Tensor, groups: int, tensors: tuple, extra: tuple, **options: bool) -> None:
+    """Run the kernel for the format and the shape of a dense x; `extra` are the numbers that follow the sizes."""
+    N, C, H, W = x.shape
+    D, P, way = C // groups, H * W, _way(x, groups)
+    if way == "lanes":
+        together, part = _together(D, groups), unit(C)
+        lanes = triton.next_power_of_2(together * D)
+        programs = N * triton.cdiv(groups, together)
+        sizes: tuple[int, ...] = (C // part, groups, P)
+        options |= {"D": D, "UNIT": part, "GROUPS": together, "LANES": lanes, "num_warps": 8}
+        options["BLOCK_P"] = min(max(1, 2048 // lanes), triton.next_power_of_2(P))
+    elif way == "run":
+        block = triton.next_power_of_2(D * P)
+        strip = _strip(N, groups)
+        programs, sizes = groups * triton.cdiv(N, strip), (N, C, D, P)
+        options |= {"STRIP": strip, "BLOCK": block, "num_warps": max(1, min(16, block // 256))}
+    else:
+        channels_last = not x.is_contiguous()
+        programs, sizes = N * groups, (C, D, P, *((1, C) if channels_last else (P, 1)))
+        options |= _blocks(D, P, channels_last)
+    with on_device(x):
+        kernels[way][(programs,)](*tensors, *sizes, *extra, **options)
+
+
+def _together(channels: int, groups: int) -> int:
+    """How many groups share a tile in channels_last: about 64 channels, and a multiple of 8 where that is possible."""
+    step = 8 // math.gcd(channels, 8)
+    if step * channels > 128:
+        return 1
+    return min(step * max(1, 64 // (step * channels)), groups)
+
+
+def _strip(samples: int, groups: int) -> int:
+    """How many samples a program works on where a group is one run: enough programs for two a multiprocessor."""
+    return max(1, min(32, samples * groups // 264))
 
 
 @torch.library.custom_op("polylib::evonorm_s0", mutates_args=())
@@ -229,11 +442,9 @@ def _forward(
     y = torch.empty_like(x)
     mean, rstd = (x.new_empty(x.shape[0], groups, dtype=torch.float32) for _ in range(2))
     if x.numel() > 0:
-        sizes, blocks = _geometry(x, groups)
-        with on_device(x):
-            _forward_kernel[(x.shape[0] * groups,)](
-                x, weight.contiguous(), bias.contiguous(), v.contiguous(), y, mean, rstd, *sizes, eps, **blocks
-            )
+        kernels = {"lanes": _lanes_forward_kernel, "run": _run_forward_kernel, "channels": _forward_kernel}
+        tensors = (x, weight.contiguous(), bias.contiguous(), v.contiguous(), y, mean, rstd)
+        _launch(kernels, x, groups, tensors, (eps,))
     return y, mean, rstd
 
 
@@ -254,14 +465,13 @@ def _backward(
     if x.numel() == 0:
         return grad_x, x.new_zeros(3, C)
     grad = grad.contiguous(memory_format=torch.contiguous_format if x.is_contiguous() else torch.channels_last)
-    partial = x.new_empty(3, x.shape[0], C, dtype=torch.float32)
-    sizes, blocks = _geometry(x, groups)
-    with on_device(x):
-        _backward_kernel[(x.shape[0] * groups,)](
-            grad, x, weight.contiguous(), v.contiguous(), mean, rstd, grad_x if need_x else None, partial,
-            *sizes, x.shape[0] * C, NEED_X=need_x, **blocks,
-        )  # fmt: skip
-    return grad_x, partial.sum(1).to(x.dtype)
+    run = _way(x, groups) == "run"
+    shape = (triton.cdiv(len(x), _strip(len(x), groups)), x[0].numel()) if run else (len(x), C)
+    partial = x.new_empty(3, *shape, dtype=torch.float32)
+    kernels = {"lanes": _lanes_backward_kernel, "run": _run_backward_kernel, "channels": _backward_kernel}
+    tensors = (grad, x, weight.contiguous(), v.contiguous(), mean, rstd, grad_x if need_x else None, partial)
+    _launch(kernels, x, groups, tensors, (partial[0].numel(),), NEED_X=need_x)
+    return grad_x, partial.view(3, shape[0], C, -1).sum((1, 3)).to(x.dtype)
 
 
 @_backward.register_fake
@@ -334,7 +544,7 @@ def evonorm_s0(
     return _forward(*args, groups, float(eps))[0]
 
 
-# --- cost and benchmark -----------------------------------------------------------------------------------------------
+# --- cost -------------------------------------------------------------------------------------------------------------
 
 
 def cost(
@@ -355,38 +565,3 @@ def cost(
         raise ValueError(f'direction must be "forward" or "backward", got {direction!r}')
     elements, flops = counts[direction]
     return Cost(elements * dtype.itemsize + kept, flops)
-
-
-def bench_cases(device: torch.device, quick: bool) -> Iterator[tuple]:
-    """Yield (label, dtype, (cost of inference, cost of forward and backward), {contestant: (function, its tensors)}).
-
-    The peer with the same traffic is PyTorch's own group normalisation followed by SiLU, two fused operations.
-    """
-    sizes, dtypes = [(16, 64, 28, 28), (16, 256, 14, 14)], [torch.float32]
-    if device.type == "cuda":
-        sizes = [(256, 64, 56, 56), (256, 256, 56, 56), (256, 512, 28, 28), (256, 2048, 7, 7)]
-        dtypes = [torch.bfloat16, torch.float32]
-    formats = {"": torch.contiguous_format, " channels_last": torch.channels_last}
-    for dtype in dtypes:
-        for shape in [(2, 8, 4, 4)] if quick else sizes:
-            for suffix, memory_format in formats.items():
-                x = torch.randn(shape, device=device, dtype=dtype).to(memory_format=memory_format)
-                weight, bias, v = torch.randn(3, shape[1], device=device, dtype=dtype)
-                groups = min(32, shape[1])
-                forward, backward = (cost(*shape, groups, dtype, way) for way in ("forward", "backward"))
-
-                def norm_silu(x, weight, bias, groups=groups):
-                    return F.silu(F.group_norm(x, groups, weight, bias))
-
-                def ours(*tensors, groups=groups):
-                    return evonorm_s0(*tensors, groups)
-
-                def reference(*tensors, groups=groups):
-                    return evonorm_s0_reference(*tensors, groups)
-
-                contestants = {
-                    "reference": (reference, (x, weight, bias, v)),
-                    "group_norm+silu": (norm_silu, (x, weight, bias)),
-                    "ours": (ours, (x, weight, bias, v)),
-                }
-                yield "x".join(map(str, shape)) + suffix, dtype, (forward, forward + backward), contestants

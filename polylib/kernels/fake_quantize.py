@@ -22,13 +22,14 @@ one after the other take 14 (divide, clamp, round, a difference, a sum, a produc
 the gradient of x, three passes, and takes the sum for the step on the way: each program stores one number for each row
 of its tile, and one addition in a fixed order follows. No atomics: the same bits always.
 
-x is seen as (rows, inner), where all entries of a row share one step, so the channel is found once a row and not once
-an entry. Where `axis` is the last, rows have one entry, and the sums take one more pass of their own.
+The contiguous axis of memory is the inner axis of a tile, whichever axis has the steps. Where all entries of a stretch
+of memory share a step (one step for all; the first axis; an axis before large ones) x is seen as (rows, inner), and a
+program reads the step of each row. Else x is seen as (outer, channels * inner): a program reads the steps of its
+columns once and walks down a strip of rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -37,11 +38,14 @@ from torch import Tensor
 from polylib.kernels._common import (
     check_tensors,
     choose_backend,
+    load,
     no_double_backward,
     on_device,
     round_half_even,
+    store,
     tl,
     triton,
+    unit,
     widened,
 )
 from polylib.kernels._cost import Cost
@@ -74,90 +78,258 @@ def fake_quantize_reference(
     shape = [1] * x.dim()
     if axis is not None:
         shape[axis] = -1
-    wide, step = widened(x), widened(scale).view(shape)
-    if zero_point is not None:
-        zero = widened(zero_point).view(shape)
-        low, high = low - zero, high - zero
-    inner = wide if clip else wide.detach()
-    bound = (inner / torch.where(step == 0, torch.inf, step)).clamp(low, high)
-    code = torch.where(bound < 0, -1.0, 1.0) if signed and bits == 1 else bound.round()
-    y = step * (bound + (code - bound).detach())
-    return (y if clip else y + (wide - inner)).to(x.dtype)
+    step = widened(scale).view(shape)
+    zero = None if zero_point is None else widened(zero_point).view(shape)
+    # torch.compile can't trace a formula for forward mode.
+    function = _FakeQuantize if torch.compiler.is_compiling() else _FakeQuantizeBothModes
+    return function.apply(widened(x), step, zero, low, high, signed and bits == 1, clip).to(x.dtype)
+
+
+def _codes(x: Tensor, step: Tensor, zero: Tensor | None, low: float, high: float, binary: bool) -> tuple[Tensor, ...]:
+    """Return v = x / step, v within the levels, and the code."""
+    v = x / torch.where(step == 0, torch.inf, step)
+    bound = v.clamp(low, high) if zero is None else v.clamp(low - zero, high - zero)
+    return v, bound, torch.where(bound < 0, -1.0, 1.0).to(v.dtype) if binary else bound.round()
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """The straight-through gradients, in the few operations that they need.
+
+    What autograd would make of the formula divides by the square of the step, which is zero for a subnormal one.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, step, zero, low, high, binary, clip):
+        v, _bound, code = _codes(x, step, zero, low, high, binary)
+        return step * torch.where(v.isnan(), v, code) if binary else code.mul_(step)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, step, zero, *ctx.settings = inputs
+        ctx.save_for_backward(x, step, zero)
+
+    @staticmethod
+    def slopes(ctx):
+        """Return where x counts, and dy/ds. Both are constants for higher derivatives: y is a line in x and s."""
+        x, step, zero = (None if t is None else t.detach() for t in ctx.saved_tensors)
+        *levels, clip = ctx.settings
+        v, bound, code = _codes(x, step, zero, *levels)
+        inside = v == bound
+        return inside & (step != 0) if clip else torch.ones_like(inside), torch.where(inside, code - v, bound)
+
+    @staticmethod
+    def backward(ctx, grad):
+        need_x, need_step = ctx.needs_input_grad[:2]
+        if not ctx.settings[-1] and not need_step:
+            return grad, *(None,) * 6
+        passes, slope = _FakeQuantize.slopes(ctx)
+        grad_x = torch.where(passes, grad, 0.0) if need_x else None
+        grad_step = (grad * slope).sum_to_size(ctx.saved_tensors[1].shape) if need_step else None
+        return grad_x, grad_step, *(None,) * 5
+
+
+class _FakeQuantizeBothModes(_FakeQuantize):
+    """The same, and its tangents for forward mode."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _FakeQuantize.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[:3])
+
+    @staticmethod
+    def jvp(ctx, x_tangent, step_tangent, *_others):
+        passes, slope = _FakeQuantize.slopes(ctx)
+        tangent = torch.zeros_like(slope)
+        if x_tangent is not None:
+            tangent = torch.where(passes, x_tangent, tangent)
+        return tangent if step_tangent is None else tangent + step_tangent * slope
 
 
 # --- the kernels ------------------------------------------------------------------------------------------------------
 
-_BLOCK = 2048  # entries of a tile: sixteen a thread with four warps
+_BLOCK = 1024  # entries of a tile: eight a thread with four warps
+_STRIP = 8  # tiles that a program walks down, where steps belong to columns
 
 
 @triton.jit
-def _quantize(x, scale, zero, at, row, ok, row_ok, channels, low, high, BINARY: tl.constexpr):
-    """Load a tile, and return the step of each row, v, v within the levels, and the code."""
-    channel = row % channels
-    s = tl.load(scale + channel, mask=row_ok, other=1.0).to(tl.float32)
-    if zero is not None:
-        z = tl.load(zero + channel, mask=row_ok, other=0.0).to(tl.float32)
-        low, high = low - z, high - z
-    divisor = tl.where(s == 0, float("inf"), s)
-    wide = tl.load(x + at, mask=ok, other=0.0).to(tl.float32)
-    v = tl.div_rn(wide, tl.broadcast_to(divisor, wide.shape))
+def _step(scale, zero, channel, ok):
+    """The steps and the zero points of some channels."""
+    s = load(scale + channel, ok)
+    if zero is None:
+        z = tl.zeros_like(s)
+    else:
+        z = load(zero + channel, ok)
+    return s, z
+
+
+@triton.jit
+def _step_of_rows(scale, zero, row, rows, channels, ROWS: tl.constexpr):
+    """The steps and zero points of the rows of a tile, each read once; one row's are scalars."""
+    if ROWS == 1:
+        s, z = _step(scale, zero, tl.sum(row, axis=0) % channels, None)
+    else:
+        s, z = _step(scale, zero, row % channels, row < rows)
+        s, z = s[:, None], z[:, None]
+    return s, z
+
+
+# excerpt: begin
+@triton.jit
+def _quantize(x, s, z, low, high, BINARY: tl.constexpr):
+    """Return v, v within the levels, and the code."""
+    v = tl.div_rn(x, tl.broadcast_to(tl.where(s == 0, float("inf"), s), x.shape))
+    low, high = tl.broadcast_to(low - z, x.shape), tl.broadcast_to(high - z, x.shape)
     bound = tl.where(v < low, low, tl.where(v > high, high, v))  # keeps what is not a number
     code = tl.where(v < 0, -1.0, tl.where(v >= 0, 1.0, v)) if BINARY else round_half_even(bound)
-    return s, v, bound, code
+    return v, bound, code
+
+
+# excerpt: end
 
 
 @triton.jit
-def _tile(rows, inner, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The rows of this program's tile, the number of its columns' block, its offsets, and which of them exist."""
-    blocks = tl.cdiv(inner, COLUMNS)
-    pid = tl.program_id(0)
-    block = pid % blocks
-    row = (pid // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    column = block.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    return row, block, blocks, row * inner + column, (row < rows) & (column < inner)
-
-
-@triton.jit(do_not_specialize=["rows", "channels", "low", "high"])
-def _forward_kernel(
-    x, scale, zero, y, rows, channels, inner, low, high,
-    BINARY: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    row, _, _, at, ok = _tile(rows, inner, ROWS, COLUMNS)
-    s, _, _, code = _quantize(x, scale, zero, at, row, ok, row < rows, channels, low, high, BINARY)
-    tl.store(y + at, (s * code).to(y.dtype.element_ty), mask=ok)
-
-
-@triton.jit(do_not_specialize=["rows", "channels", "low", "high"])
-def _backward_kernel(
-    grad, x, scale, zero, grad_x, sums, rows, channels, inner, low, high,
-    BINARY: tl.constexpr, CLIP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    row, block, blocks, at, ok = _tile(rows, inner, ROWS, COLUMNS)
-    s, v, bound, code = _quantize(x, scale, zero, at, row, ok, row < rows, channels, low, high, BINARY)
-    g = tl.load(grad + at, mask=ok, other=0.0).to(tl.float32)
+def _gradient(g, v, bound, code, s, grad_x, at, ok, CLIP: tl.constexpr):
+    """Store the gradient of x, and return what each entry adds to that of the step."""
     inside = bound == v
     if grad_x is not None:
-        slope = tl.where(inside & (s != 0), g, 0.0) if CLIP else g
-        tl.store(grad_x + at, slope.to(grad_x.dtype.element_ty), mask=ok)
+        store(grad_x + at, tl.where(inside & (tl.broadcast_to(s, g.shape) != 0), g, 0.0) if CLIP else g, ok)
+    return g * tl.where(inside, code - v, bound)
+
+
+# One row is the whole tensor, with one step: its full blocks need no mask, as in poly_relu.
+@triton.jit
+def _rows_tile(rows, inner, UNIT: tl.constexpr, ONE_ROW: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The rows of this program's tile, its offsets, which of them exist, whether all do, and its block of columns."""
+    width = inner.to(tl.int64) * UNIT
+    blocks = tl.cdiv(width, COLUMNS)
+    pid = tl.program_id(0).to(tl.int64)
+    block = pid % blocks
+    row = pid // blocks * ROWS + tl.arange(0, ROWS)
+    column = block * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    if ONE_ROW:
+        at, ok = column, column < width
+    else:
+        at, ok = row[:, None] * width + column, (row < rows)[:, None] & (column < width)
+    return row, at, ok, (block + 1) * COLUMNS <= width, block, blocks
+
+
+@triton.jit(do_not_specialize=["rows", "channels", "inner", "low", "high"])
+def _rows_forward_kernel(
+    x, scale, zero, y, rows, channels, inner, low, high,
+    BINARY: tl.constexpr, UNIT: tl.constexpr, ONE_ROW: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    row, at, ok, full, _block, _blocks = _rows_tile(rows, inner, UNIT, ONE_ROW, ROWS, COLUMNS)
+    s, z = _step_of_rows(scale, zero, row, rows, channels, ROWS)
+    if ONE_ROW and full:
+        _v, _bound, code = _quantize(load(x + at, None), s, z, low, high, BINARY)
+        store(y + at, s * code, None)
+    else:
+        _v, _bound, code = _quantize(load(x + at, ok), s, z, low, high, BINARY)
+        store(y + at, s * code, ok)
+
+
+@triton.jit
+def _rows_backward_tile(
+    grad, x, s, z, grad_x, sums, at, ok, low, high, BINARY: tl.constexpr, CLIP: tl.constexpr
+):  # fmt: skip
+    v, bound, code = _quantize(load(x + at, ok), s, z, low, high, BINARY)
+    terms = _gradient(load(grad + at, ok), v, bound, code, s, grad_x, at, ok, CLIP)
+    if ok is not None:
+        terms = tl.where(ok, terms, 0.0)
+    return tl.sum(terms, axis=1)
+
+
+@triton.jit(do_not_specialize=["rows", "channels", "inner", "low", "high"])
+def _rows_backward_kernel(
+    grad, x, scale, zero, grad_x, sums, rows, channels, inner, low, high, BINARY: tl.constexpr, CLIP: tl.constexpr,
+    UNIT: tl.constexpr, ONE_ROW: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    row, at, ok, full, block, blocks = _rows_tile(rows, inner, UNIT, ONE_ROW, ROWS, COLUMNS)
+    s, z = _step_of_rows(scale, zero, row, rows, channels, ROWS)
+    if ONE_ROW and full:
+        total = _rows_backward_tile(grad, x, s, z, grad_x, sums, at, None, low, high, BINARY, CLIP)
+    else:
+        total = _rows_backward_tile(grad, x, s, z, grad_x, sums, at, ok, low, high, BINARY, CLIP)
     if sums is not None:
-        terms = tl.where(ok, g * tl.where(inside, code - v, bound), 0.0)
-        tl.store(sums + row * blocks + block, tl.sum(terms, axis=1)[:, None], mask=row < rows)
+        tl.store(sums + row * blocks + block, total, mask=row < rows)
+
+
+@triton.jit
+def _columns_tile(width, inner, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STRIP: tl.constexpr):
+    """The first rows of this program's strip, its columns and their channels."""
+    blocks = tl.cdiv(width, COLUMNS)
+    pid = tl.program_id(0)
+    row = (pid // blocks).to(tl.int64) * (ROWS * STRIP) + tl.arange(0, ROWS)[:, None]
+    column = (pid % blocks) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    return row, column, column // inner, pid // blocks
+
+
+@triton.jit(do_not_specialize=["outer", "width", "inner", "low", "high"])
+def _columns_forward_kernel(
+    x, scale, zero, y, outer, width, inner, low, high, BINARY: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, STRIP: tl.constexpr,
+):  # fmt: skip
+    width = width * UNIT
+    row, column, channel, _strip = _columns_tile(width, inner, ROWS, COLUMNS, STRIP)
+    s, z = _step(scale, zero, channel, column < width)
+    for _ in range(STRIP):
+        at, ok = row * width + column, (row < outer) & (column < width)
+        _v, _bound, code = _quantize(load(x + at, ok), s, z, low, high, BINARY)
+        store(y + at, s * code, ok)
+        row += ROWS
+
+
+@triton.jit(do_not_specialize=["outer", "width", "inner", "low", "high"])
+def _columns_backward_kernel(
+    grad, x, scale, zero, grad_x, sums, outer, width, inner, low, high, BINARY: tl.constexpr, CLIP: tl.constexpr,
+    UNIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STRIP: tl.constexpr,
+):  # fmt: skip
+    width = width * UNIT
+    row, column, channel, strip = _columns_tile(width, inner, ROWS, COLUMNS, STRIP)
+    s, z = _step(scale, zero, channel, column < width)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for _ in range(STRIP):
+        at, ok = row * width + column, (row < outer) & (column < width)
+        v, bound, code = _quantize(load(x + at, ok), s, z, low, high, BINARY)
+        terms = _gradient(load(grad + at, ok), v, bound, code, s, grad_x, at, ok, CLIP)
+        total += tl.where(ok, terms, 0.0)
+        row += ROWS
+    if sums is not None:
+        here = sums + strip.to(tl.int64) * width + column
+        tl.store(here, tl.sum(total, axis=0)[None, :], mask=column < width)
 
 
 # --- registration -----------------------------------------------------------------------------------------------------
 
 
-def _layout(x: Tensor, axis: int | None) -> tuple[int, int, int, dict[str, int]]:
-    """How x is seen: (rows, channels, inner), and the tile."""
+def _by_columns(x: Tensor, axis: int | None) -> bool:
+    """Tell whether neighbours in memory belong to different steps more often than once in 256."""
+    return axis is not None and x.shape[:axis].numel() > 1 and x.shape[axis + 1 :].numel() < 256
+
+
+def _rows_layout(x: Tensor, axis: int | None) -> tuple[tuple[int, ...], dict[str, int | bool], int, int]:
+    """How x is seen where a row has one step: (rows, channels, inner), the tile, and the programs down and across."""
     channels = 1 if axis is None else x.shape[axis]
     inner = x.numel() if axis is None else x.shape[axis + 1 :].numel()
-    rows = x.numel() // inner if inner else 0
-    columns = min(triton.next_power_of_2(max(inner, 1)), _BLOCK)
-    return rows, channels, inner, {"ROWS": _BLOCK // columns, "COLUMNS": columns}
+    rows, part = x.numel() // inner, unit(inner)
+    columns = min(triton.next_power_of_2(inner), _BLOCK)
+    tile = {"ROWS": 1 if axis is None else _BLOCK // columns, "COLUMNS": columns}
+    sizes = (rows, channels, inner // part)
+    tile |= {"UNIT": part, "ONE_ROW": axis is None}
+    return sizes, tile, triton.cdiv(rows, tile["ROWS"]), triton.cdiv(inner, columns)
 
 
-def _programs(rows: int, inner: int, tile: dict[str, int]) -> tuple[int]:
-    return (triton.cdiv(rows, tile["ROWS"]) * triton.cdiv(inner, tile["COLUMNS"]),)
+def _columns_layout(x: Tensor, axis: int) -> tuple[tuple[int, ...], dict[str, int], int, int]:
+    """How x is seen where columns have steps: (outer, width, inner), the tile, and the programs down and across."""
+    outer, inner = x.shape[:axis].numel(), x.shape[axis + 1 :].numel()
+    width = x.shape[axis] * inner
+    columns = min(triton.next_power_of_2(width), 128)
+    rows, part = min(_BLOCK // columns, triton.next_power_of_2(outer)), unit(width)
+    strip = min(_STRIP, triton.cdiv(outer, rows))
+    tile = {"UNIT": part, "ROWS": rows, "COLUMNS": columns, "STRIP": strip}
+    return (outer, width // part, inner), tile, triton.cdiv(outer, rows * strip), triton.cdiv(width, columns)
 
 
 @torch.library.custom_op("polylib::fake_quantize", mutates_args=())
@@ -167,12 +339,14 @@ def _forward(
     """Return y, contiguous; x has any strides; axis is None or not negative."""
     x = x.contiguous()
     y = torch.empty_like(x)
-    rows, channels, inner, tile = _layout(x, axis)
-    if rows > 0:
+    if x.numel() > 0:
         zero = None if zero_point is None else zero_point.contiguous()
+        columns = _by_columns(x, axis)
+        kernel = _columns_forward_kernel if columns else _rows_forward_kernel
+        sizes, tile, down, across = _columns_layout(x, axis) if columns else _rows_layout(x, axis)
         with on_device(x):
-            _forward_kernel[_programs(rows, inner, tile)](
-                x, scale.contiguous(), zero, y, rows, channels, inner, *map(float, code_range(bits, signed)),
+            kernel[(down * across,)](
+                x, scale.contiguous(), zero, y, *sizes, *map(float, code_range(bits, signed)),
                 BINARY=signed and bits == 1, **tile,
             )  # fmt: skip
     return y
@@ -190,21 +364,24 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return the gradients of x and of the step; empty where not needed."""
     grad, x = grad.contiguous(), x.contiguous()
-    rows, channels, inner, tile = _layout(x, axis)
-    blocks = triton.cdiv(inner, tile["COLUMNS"])
     grad_x = x.new_empty(x.shape if need_x else (0,))
-    sums = x.new_empty(rows, blocks, dtype=torch.float32) if need_scale else None
-    if rows > 0:
-        zero = None if zero_point is None else zero_point.contiguous()
-        with on_device(x):
-            _backward_kernel[_programs(rows, inner, tile)](
-                grad, x, scale.contiguous(), zero, grad_x if need_x else None, sums,
-                rows, channels, inner, *map(float, code_range(bits, signed)),
-                BINARY=signed and bits == 1, CLIP=clip, **tile,
-            )  # fmt: skip
-    if not need_scale:
+    if x.numel() == 0:
+        return grad_x, scale.new_zeros(scale.shape if need_scale else (0,))
+    zero = None if zero_point is None else zero_point.contiguous()
+    columns = _by_columns(x, axis)
+    kernel = _columns_backward_kernel if columns else _rows_backward_kernel
+    sizes, tile, down, across = _columns_layout(x, axis) if columns else _rows_layout(x, axis)
+    channels = scale.numel()
+    shape = (down, x.numel() // sizes[0]) if columns else (sizes[0], across)
+    sums = x.new_empty(shape, dtype=torch.float32) if need_scale else None
+    with on_device(x):
+        kernel[(down * across,)](
+            grad, x, scale.contiguous(), zero, grad_x if need_x else None, sums, *sizes,
+            *map(float, code_range(bits, signed)), BINARY=signed and bits == 1, CLIP=clip, **tile,
+        )  # fmt: skip
+    if sums is None:
         return grad_x, scale.new_empty(0)
-    sums = sums.view(rows // channels if channels else 0, channels, blocks).sum((0, 2))
+    sums = sums.view(-1, channels, sums.shape[1] // channels if columns else across).sum((0, 2))
     return grad_x, sums.view(scale.shape).to(scale.dtype)
 
 
@@ -288,7 +465,7 @@ def fake_quantize(
     return _forward(x, scale, zero_point, bits, axis, signed, clip)
 
 
-# --- cost and benchmark -----------------------------------------------------------------------------------------------
+# --- cost -------------------------------------------------------------------------------------------------------------
 
 
 def cost(size: int, channels: int, dtype: torch.dtype, direction: str = "forward") -> Cost:
@@ -306,80 +483,3 @@ def cost(size: int, channels: int, dtype: torch.dtype, direction: str = "forward
     if direction not in counts:
         raise ValueError(f'direction must be "forward" or "backward", got {direction!r}')
     return Cost(*counts[direction])
-
-
-def _installed_peers(bits: int, rows: int, columns: int, per_channel: bool, steps: Tensor) -> dict[str, Callable]:
-    """The fake quantisers of torchao and brevitas with a fixed step, where they are installed."""
-    low, high = code_range(bits)
-    peers: dict[str, Callable] = {}
-    try:
-        from torchao.quantization.quant_primitives import _fake_quantize_affine as torchao_op
-    except ImportError:
-        pass
-    else:
-        block = (1, columns) if per_channel else (rows, columns)
-        zeros = torch.zeros_like(steps, dtype=torch.int32)
-        peers["torchao"] = lambda x: torchao_op(x, block, steps, zeros, torch.int8, low, high)
-    try:
-        from brevitas.core.function_wrapper import RoundSte, TensorClamp
-        from brevitas.core.quant import IntQuant
-    except ImportError:
-        pass
-    else:
-        module = IntQuant(False, True, RoundSte(), TensorClamp()).to(steps.device)
-        by_row = steps.view(-1, 1) if per_channel else steps
-        zero, width = by_row.new_zeros(()), by_row.new_tensor(float(bits))
-        peers["brevitas"] = lambda x: module(by_row, zero, width, x)
-    return peers
-
-
-def bench_cases(device: torch.device, quick: bool) -> Iterator[tuple]:
-    """Yield (label, dtype, (cost of inference, cost of forward and backward), {contestant: (function, its tensors)}).
-
-    Four bits; one step ("t"), or one for each row, a channel ("c"); fixed, or learned ("+s"). The peers are PyTorch's
-    own fake quantisers, whose learned form is what its quantisation-aware training uses, and for a fixed step torchao
-    and brevitas where they are installed.
-    """
-    sizes, dtypes = [(256, 1024), (1024, 1024)], [torch.float32]
-    if device.type == "cuda":
-        sizes, dtypes = [(4096, 4096), (16384, 4096)], [torch.float32, torch.bfloat16]
-    bits, (low, high) = 4, code_range(4)
-    for dtype in dtypes:
-        for rows, columns in [(8, 64)] if quick else sizes:
-            x = torch.randn(rows, columns, device=device, dtype=dtype)
-            for name, axis, channels in (("t", None, 1), ("c", 0, rows)):
-                steps = torch.full((channels,), 0.3, device=device)
-                zeros = torch.zeros(channels, device=device)
-                whole = zeros.int()
-                forward = cost(x.numel(), channels, dtype)
-                costs = (forward, forward + cost(x.numel(), channels, dtype, "backward"))
-
-                def reference(x, scale, axis=axis):
-                    return fake_quantize_reference(x, scale, bits, axis)
-
-                def ours(x, scale, axis=axis):
-                    return fake_quantize(x, scale, bits, axis=axis)
-
-                def torch_fixed(x, scale=steps, zeros=whole, axis=axis):
-                    if axis is None:
-                        return torch.fake_quantize_per_tensor_affine(x, scale, zeros, low, high)
-                    return torch.fake_quantize_per_channel_affine(x, scale, zeros, axis, low, high)
-
-                def torch_learned(x, scale, zeros=zeros, axis=axis):
-                    if axis is None:
-                        return torch._fake_quantize_learnable_per_tensor_affine(x, scale, zeros, low, high, 1.0)
-                    return torch._fake_quantize_learnable_per_channel_affine(x, scale, zeros, axis, low, high, 1.0)
-
-                fixed = {
-                    "reference": (lambda x, f=reference, s=steps: f(x, s), (x,)),
-                    "torch": (torch_fixed, (x,)),
-                    **{n: (f, (x,)) for n, f in _installed_peers(bits, rows, columns, axis == 0, steps).items()},
-                    "ours": (lambda x, f=ours, s=steps: f(x, s), (x,)),
-                }
-                learned = {
-                    "reference": (reference, (x, steps)),
-                    "torch": (torch_learned, (x, steps)),
-                    "ours": (ours, (x, steps)),
-                }
-                yield f"{rows}x{columns} {name}", dtype, costs, fixed
-                yield f"{rows}x{columns} {name}+s", dtype, costs, learned

@@ -27,7 +27,6 @@ leaves 4 bytes an element forward and 6 backward, so both passes should run at t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -36,10 +35,13 @@ from torch import Tensor
 from polylib.kernels._common import (
     check_tensors,
     choose_backend,
+    load,
     no_double_backward,
     on_device,
+    store,
     tl,
     triton,
+    unit,
 )
 from polylib.kernels._cost import Cost
 
@@ -81,8 +83,8 @@ def group_rational_reference(
 # --- the kernels ------------------------------------------------------------------------------------------------------
 # A program owns one group and a strip of rows. It loads its ten coefficients once. A group of W = CHUNKS * LANES
 # channels, LANES a power of two, is walked in units of LANES neighbours: unit number u is chunk u % CHUNKS of row
-# u // CHUNKS. So a tile of UNITS x LANES is full whatever W is: 24 is 3 chunks of 8, 48 is 3 of 16, 96 is 3 of 32. The
-# neighbours in a unit make loads of 16 bytes, and the division is done once a unit and by a constant.
+# u // CHUNKS. So a tile of UNITS x LANES is full whatever W is: 24 is 3 chunks of 8, 48 and 96 are 6 and 12. A unit is
+# what a thread loads at once, 16 bytes, and the division is done once a unit and by a constant.
 
 
 @triton.jit
@@ -93,6 +95,15 @@ def _polynomials(x, a, b, VARIANT_B: tl.constexpr):
     inner = u * (b[0] + u * (b[1] + u * (b[2] + u * b[3])))
     q = 1.0 + (tl.abs(inner) if VARIANT_B else inner)
     return p, q, u, inner
+
+
+@triton.jit
+def _place(start, units, first, group, CHUNKS: tl.constexpr, LANES: tl.constexpr, UNITS: tl.constexpr):
+    """Row and column of each entry of the tile whose first unit is `start`, and which units exist."""
+    unit = start + tl.arange(0, UNITS)
+    row = (first + unit // CHUNKS)[:, None]
+    column = ((group * CHUNKS + unit % CHUNKS) * LANES)[:, None] + tl.arange(0, LANES)[None, :].to(tl.int64)
+    return row, column, (unit < units)[:, None]
 
 
 @triton.jit
@@ -110,69 +121,66 @@ def _coefficients(numerator, denominator, VARIANT_B: tl.constexpr):
 @triton.jit(do_not_specialize=["M", "rows_per_strip"])
 def _forward_kernel(
     x, numerator, denominator, y, M, rows_per_strip, D, stride_m, stride_k, stride_a, stride_b,
-    VARIANT_B: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr, UNITS: tl.constexpr,
+    VARIANT_B: tl.constexpr, UNIT: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr, UNITS: tl.constexpr,
 ):  # fmt: skip
     group, first = tl.program_id(0), tl.program_id(1).to(tl.int64) * rows_per_strip
     a, b = _coefficients(numerator + group * stride_a, denominator + group * stride_b, VARIANT_B)
     units = (tl.minimum(rows_per_strip, M - first) * CHUNKS).to(tl.int32)
     for start in range(0, units, UNITS):
-        unit = start + tl.arange(0, UNITS)
-        row = (first + unit // CHUNKS)[:, None]
-        column = ((group * CHUNKS + unit % CHUNKS) * LANES)[:, None] + tl.arange(0, LANES)[None, :].to(tl.int64)
-        ok = (unit < units)[:, None]
-        wide = tl.load(x + row * stride_m + column * stride_k, mask=ok, other=0.0).to(tl.float32)
-        p, q, _, _ = _polynomials(wide, a, b, VARIANT_B)
-        tl.store(y + row * D + column, (p / q).to(y.dtype.element_ty), mask=ok)
+        row, column, ok = _place(start, units, first, group, CHUNKS, LANES, UNITS)
+        value = load(x + row * (stride_m * UNIT) + column * stride_k, ok)
+        p, q, _, _ = _polynomials(value, a, b, VARIANT_B)
+        store(y + row * (D * LANES) + column, p / q, ok)
 
 
-# Each lane keeps the ten sums over its own elements in registers for the whole strip. They are added over the lanes
-# once, at the end, and the caller adds the strips in a fixed order: no atomics, hence the same bits every time.
+# The neighbours of a unit are added up at once: all of them are in one thread, which then keeps ten sums in registers
+# for the whole strip, and not ten for each of its lanes. They are added over the threads once, at the end, and the
+# caller adds the strips in a fixed order: no atomics, hence the same bits every time.
 @triton.jit(do_not_specialize=["M", "rows_per_strip"])
 def _backward_kernel(
     grad, x, numerator, denominator, grad_x, partial, M, rows_per_strip, D, stride_m, stride_k, stride_a, stride_b,
-    VARIANT_B: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr, UNITS: tl.constexpr,
+    VARIANT_B: tl.constexpr, UNIT: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr, UNITS: tl.constexpr,
 ):  # fmt: skip
     group, first = tl.program_id(0), tl.program_id(1).to(tl.int64) * rows_per_strip
     a, b = _coefficients(numerator + group * stride_a, denominator + group * stride_b, VARIANT_B)
     units = (tl.minimum(rows_per_strip, M - first) * CHUNKS).to(tl.int32)
-    s0 = tl.zeros((UNITS, LANES), tl.float32)
+    s0 = tl.zeros((UNITS,), tl.float32)
     s1, s2, s3, s4, s5 = s0, s0, s0, s0, s0
     t1, t2, t3, t4 = s0, s0, s0, s0
     for start in range(0, units, UNITS):
-        unit = start + tl.arange(0, UNITS)
-        row = (first + unit // CHUNKS)[:, None]
-        column = ((group * CHUNKS + unit % CHUNKS) * LANES)[:, None] + tl.arange(0, LANES)[None, :].to(tl.int64)
-        ok = (unit < units)[:, None]
-        wide = tl.load(x + row * stride_m + column * stride_k, mask=ok, other=0.0).to(tl.float32)
-        g = tl.load(grad + row * D + column, mask=ok, other=0.0).to(tl.float32)
-        p, q, u, inner = _polynomials(wide, a, b, VARIANT_B)
+        row, column, ok = _place(start, units, first, group, CHUNKS, LANES, UNITS)
+        value = load(x + row * (stride_m * UNIT) + column * stride_k, ok)
+        g = load(grad + row * (D * LANES) + column, ok)
+        # excerpt: begin
+        p, q, u, inner = _polynomials(value, a, b, VARIANT_B)
         inverse = 1.0 / q  # the one division; everything else is a product with it
         w, f = g * inverse, p * inverse
-        sign = tl.where((inner if VARIANT_B else wide) < 0, -1.0, 1.0)
+        sign = tl.where((inner if VARIANT_B else value) < 0, -1.0, 1.0)
         if grad_x is not None:
-            dp = a[1] + wide * (2 * a[2] + wide * (3 * a[3] + wide * (4 * a[4] + wide * (5 * a[5]))))
+            dp = a[1] + value * (2 * a[2] + value * (3 * a[3] + value * (4 * a[4] + value * (5 * a[5]))))
             dq = sign * (b[0] + u * (2 * b[1] + u * (3 * b[2] + u * (4 * b[3]))))
-            tl.store(grad_x + row * D + column, (w * (dp - f * dq)).to(grad_x.dtype.element_ty), mask=ok)
+            store(grad_x + row * (D * LANES) + column, w * (dp - f * dq), ok)
+        # excerpt: end
         if partial is not None:
             h = -w * f * u * (sign if VARIANT_B else 1.0)
-            s0 += w
-            w *= wide
-            s1 += w
-            w *= wide
-            s2 += w
-            w *= wide
-            s3 += w
-            w *= wide
-            s4 += w
-            w *= wide
-            s5 += w
-            t1 += h
+            s0 += tl.sum(w, axis=1)
+            w *= value
+            s1 += tl.sum(w, axis=1)
+            w *= value
+            s2 += tl.sum(w, axis=1)
+            w *= value
+            s3 += tl.sum(w, axis=1)
+            w *= value
+            s4 += tl.sum(w, axis=1)
+            w *= value
+            s5 += tl.sum(w, axis=1)
+            t1 += tl.sum(h, axis=1)
             h *= u
-            t2 += h
+            t2 += tl.sum(h, axis=1)
             h *= u
-            t3 += h
+            t3 += tl.sum(h, axis=1)
             h *= u
-            t4 += h
+            t4 += tl.sum(h, axis=1)
     if partial is not None:
         out = partial + (group * tl.num_programs(1).to(tl.int64) + tl.program_id(1)) * 10
         tl.store(out, tl.sum(s0))
@@ -187,15 +195,15 @@ def _backward_kernel(
         tl.store(out + 9, tl.sum(t4))
 
 
-# Fixed tiles, so that the order of the sums depends on the shape alone. 1,024 elements are 8 a thread with four warps:
-# 80 registers for the sums of the backward pass, and loads of 16 bytes of bfloat16.
+# Fixed tiles, so that the order of the sums depends on shape and dtype alone. 1,024 elements are 8 a thread with four
+# warps, and a thread loads 16 bytes at a time.
 _TILE = 1024
 _PROGRAMS = 1056  # eight for each multiprocessor of an H100
 
 
-def _partition(M: int, width: int, groups: int) -> tuple[int, int, dict[str, int]]:
+def _partition(M: int, width: int, groups: int, itemsize: int) -> tuple[int, int, dict[str, int]]:
     """Return the number of strips, the rows of each, and how a group is cut into units."""
-    lanes = min(width & -width, 32)
+    lanes = min(width & -width, 16 // itemsize)
     units, chunks = _TILE // lanes, width // lanes
     tiles = triton.cdiv(M * chunks, units)
     strips = max(1, min(tiles, _PROGRAMS // groups, 65535))  # the grid has no more than that along its second axis
@@ -203,9 +211,11 @@ def _partition(M: int, width: int, groups: int) -> tuple[int, int, dict[str, int
     return triton.cdiv(M, rows_per_strip), rows_per_strip, {"CHUNKS": chunks, "LANES": lanes, "UNITS": units}
 
 
-def _row_stride(coefficients: Tensor) -> int:
-    """Zero where all groups share one row."""
-    return 0 if coefficients.shape[0] == 1 else coefficients.shape[1]
+def _strides(x: Tensor, numerator: Tensor, denominator: Tensor) -> tuple[tuple[int, ...], int]:
+    """The strides of x, rows in units, and of the rows of coefficients, zero where groups share one; the unit."""
+    part = unit(x.stride(0))
+    rows = (0 if t.shape[0] == 1 else t.shape[1] for t in (numerator, denominator))
+    return (x.stride(0) // part, x.stride(1), *rows), part
 
 
 # --- registration -----------------------------------------------------------------------------------------------------
@@ -217,11 +227,12 @@ def _forward(x: Tensor, numerator: Tensor, denominator: Tensor, groups: int, var
     M, D = x.shape
     y = x.new_empty(M, D)
     if M > 0:
-        strips, rows, tile = _partition(M, D // groups, groups)
+        strips, rows, tile = _partition(M, D // groups, groups, x.itemsize)
+        strides, tile["UNIT"] = _strides(x, numerator, denominator)
         with on_device(x):
             _forward_kernel[groups, strips](
-                x, numerator.contiguous(), denominator.contiguous(), y, M, rows, D, x.stride(0), x.stride(1),
-                _row_stride(numerator), _row_stride(denominator), VARIANT_B=variant_b, **tile, num_warps=4,
+                x, numerator.contiguous(), denominator.contiguous(), y, M, rows, D // tile["LANES"], *strides,
+                VARIANT_B=variant_b, **tile,
             )  # fmt: skip
     return y
 
@@ -239,14 +250,14 @@ def _backward(
     """Return the gradients of x, numerator and denominator; empty where not needed."""
     M, D = x.shape
     grad_x = x.new_empty(M, D) if need_x else x.new_empty(0)
-    strips, rows, tile = _partition(max(M, 1), D // groups, groups)
+    strips, rows, tile = _partition(max(M, 1), D // groups, groups, x.itemsize)
     partial = x.new_zeros(groups, strips, 10, dtype=torch.float32) if need_coefficients else None
     if M > 0:
+        strides, tile["UNIT"] = _strides(x, numerator, denominator)
         with on_device(x):
             _backward_kernel[groups, strips](
                 grad.contiguous(), x, numerator.contiguous(), denominator.contiguous(), grad_x if need_x else None,
-                partial, M, rows, D, x.stride(0), x.stride(1), _row_stride(numerator), _row_stride(denominator),
-                VARIANT_B=variant_b, **tile, num_warps=4,
+                partial, M, rows, D // tile["LANES"], *strides, VARIANT_B=variant_b, **tile,
             )  # fmt: skip
     if partial is None:
         return grad_x, numerator.new_empty(0), denominator.new_empty(0)
@@ -336,7 +347,7 @@ def group_rational(
     return _forward(x.reshape(-1, x.shape[-1]), numerator, denominator, groups, variant == "B").view(x.shape)
 
 
-# --- cost and benchmark -----------------------------------------------------------------------------------------------
+# --- cost -------------------------------------------------------------------------------------------------------------
 
 
 def cost(rows: int, features: int, groups: int, dtype: torch.dtype, direction: str = "forward") -> Cost:
@@ -355,32 +366,3 @@ def cost(rows: int, features: int, groups: int, dtype: torch.dtype, direction: s
     if direction not in counts:
         raise ValueError(f'direction must be "forward" or "backward", got {direction!r}')
     return Cost(*counts[direction])
-
-
-def bench_cases(device: torch.device, quick: bool) -> Iterator[tuple]:
-    """Yield (label, dtype, (cost of inference, cost of forward and backward), {contestant: (function, its tensors)}).
-
-    The sizes on a GPU are those of the hidden layer of ViT-T, S and B at 64 images, and of ViT-B at 256.
-    """
-    sizes, dtypes = [(2048, 192), (2048, 768)], [torch.float32]
-    if device.type == "cuda":
-        sizes = [(64 * 197, 192), (64 * 197, 768), (64 * 197, 1536), (64 * 197, 3072), (256 * 197, 3072)]
-        dtypes = [torch.bfloat16, torch.float32]
-    groups = 8
-
-    def reference(x, numerator, denominator):
-        return group_rational_reference(x, numerator, denominator, groups)
-
-    def ours(x, numerator, denominator):
-        return group_rational(x, numerator, denominator, groups)
-
-    for dtype in dtypes:
-        for M, D in [(64, 48)] if quick else sizes:
-            args = (
-                torch.randn(M, D, device=device, dtype=dtype),
-                torch.randn(1, 6, device=device),
-                torch.randn(groups, 4, device=device),
-            )
-            forward = cost(M, D, groups, dtype)
-            costs = (forward, forward + cost(M, D, groups, dtype, "backward"))
-            yield f"{M}x{D}/{groups}", dtype, costs, {"reference": (reference, args), "ours": (ours, args)}

@@ -15,14 +15,14 @@ entries, $S$ has O I / n. At a few rows, as in generating text, the layer is as 
   all of them.
 - Beyond, $W$ is built once (n O I multiplications) and the plain product is as fast as that of a real layer.
 
-The kernel forms u in registers, in the tile of columns that it is about to multiply. Its programs split the outputs,
+The kernel forms u in registers, in the tile of columns that it is about to multiply; each entry of x is read once a
+tile and serves all n rows of u. Its programs split the outputs,
 and in addition the pairs (k, columns) where the outputs alone would not fill the GPU; a second kernel adds the parts
 in a fixed order. Saved for backward: x, A and S. Backward is plain PyTorch, with $W$ built: it is not for training.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -36,9 +36,13 @@ from polylib.kernels._common import (
     choose_backend,
     dot,
     dot_precision,
+    load,
+    narrow,
     on_device,
+    store,
     tl,
     triton,
+    unit,
 )
 from polylib.kernels._cost import Cost
 
@@ -75,46 +79,69 @@ def phm_linear_factored(x: Tensor, A: Tensor, S: Tensor, bias: Tensor | None = N
 
 # --- the kernels ------------------------------------------------------------------------------------------------------
 
-_BLOCK_O, _BLOCK_I, _PROGRAMS = 32, 64, 256
+_PROGRAMS = 256
+
+
+def _tile(rows: int, n: int, itemsize: int) -> dict[str, int]:
+    """The sizes of a tile: n and the rows are rounded up to powers of two, and the product has at least 16 rows.
+
+    Beyond 128 rows of u a tile has half the columns, whose u would not fit in registers, and twice the outputs, so that
+    each thread still reads 16 bytes of S. At most 48 KB of shared memory.
+    """
+    padded = triton.next_power_of_2(n)
+    block_m = max(triton.next_power_of_2(rows), 16 // padded)
+    height = padded * block_m
+    block_i = 64 if height <= 64 else 128 // itemsize
+    block_o = 32
+    if height > 128:
+        block_i, block_o = block_i // 2, 64
+    return {"BLOCK_M": block_m, "N_PAD": padded, "BLOCK_O": block_o, "BLOCK_I": block_i}
 
 
 @triton.jit(do_not_specialize=["M", "per_split"])
 def _product_kernel(
     x, A, S, parts, M, height, width, stride_m, stride_i, per_split,
-    N: tl.constexpr, PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
+    N: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, N_PAD: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
-    """One S[k] is (height, width). Row q = m N + a of the product belongs to row m, block row a."""
+    """One S[k] is (height, width). Row q = m N_PAD + a of the product belongs to row m, block row a."""
+    width = width * UNIT
     split = tl.program_id(1)
-    qs = tl.arange(0, BLOCK_Q)
+    rows, heads = tl.arange(0, BLOCK_M), tl.arange(0, N_PAD)
     outs = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
     tiles = tl.cdiv(width, BLOCK_I)
     first = split * per_split
-    acc = tl.zeros((BLOCK_Q, BLOCK_O), tl.float32)
-    x_rows = x + (qs // N)[:, None].to(tl.int64) * stride_m
+    acc = tl.zeros((BLOCK_M * N_PAD, BLOCK_O), tl.float32)
+    x_rows = x + rows[:, None].to(tl.int64) * stride_m
     for t in range(first, tl.minimum(first + per_split, N * tiles)):
         k, cols = t // tiles, (t % tiles) * BLOCK_I + tl.arange(0, BLOCK_I)
         s_at = (k.to(tl.int64) * height + outs[None, :]) * width + cols[:, None]
         s = tl.load(S + s_at, mask=(outs[None, :] < height) & (cols[:, None] < width), other=0.0)
-        mixed = tl.zeros((BLOCK_Q, BLOCK_I), tl.float32)
-        ok = (qs[:, None] < M * N) & (cols[None, :] < width)
+        # excerpt: begin
+        mixed = tl.zeros((BLOCK_M, N_PAD, BLOCK_I), tl.float32)
         for c in tl.static_range(N):
-            share = tl.load(A + (k * N + qs % N) * N + c).to(tl.float32)
-            block = tl.load(x_rows + (c * width + cols)[None, :].to(tl.int64) * stride_i, mask=ok, other=0.0)
-            mixed += share[:, None] * block.to(tl.float32)
-        acc = dot(mixed.to(s.dtype), s, acc, PRECISION)
-    at = (split.to(tl.int64) * M * N + qs[:, None]) * height + outs[None, :]
-    tl.store(parts + at, acc, mask=(qs[:, None] < M * N) & (outs[None, :] < height))
+            share = load(A + (k * N + heads) * N + c, heads < N)
+            ok = (rows[:, None] < M) & (cols[None, :] < width)
+            block = load(x_rows + (c * width + cols)[None, :].to(tl.int64) * stride_i, ok)
+            mixed += share[None, :, None] * block[:, None, :]
+        u = tl.reshape(mixed, (BLOCK_M * N_PAD, BLOCK_I))
+        acc = dot(narrow(u, s.dtype), s, acc, PRECISION)
+        # excerpt: end
+    row, head = tl.arange(0, BLOCK_M * N_PAD) // N_PAD, tl.arange(0, BLOCK_M * N_PAD) % N_PAD
+    at = (split.to(tl.int64) * M * N + (row * N + head)[:, None]) * height + outs[None, :]
+    tl.store(parts + at, acc, mask=((row < M) & (head < N))[:, None] & (outs[None, :] < height))
 
 
 @triton.jit(do_not_specialize=["size", "splits"])
-def _sum_kernel(parts, bias, y, size, outputs, splits, BLOCK: tl.constexpr):
+def _sum_kernel(parts, bias, y, size, outputs, splits, UNIT: tl.constexpr, BLOCK: tl.constexpr):
+    size = size * UNIT
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     acc = tl.zeros((BLOCK,), tl.float32)
     for split in range(splits):
         acc += tl.load(parts + tl.cast(split, tl.int64) * size + at, mask=at < size, other=0.0)
     if bias is not None:
-        acc += tl.load(bias + at % outputs, mask=at < size, other=0.0).to(tl.float32)
-    tl.store(y + at, acc.to(y.dtype.element_ty), mask=at < size)
+        acc += load(bias + at % outputs, at < size)
+    store(y + at, acc, at < size)
 
 
 # --- registration -----------------------------------------------------------------------------------------------------
@@ -127,20 +154,23 @@ def _forward(x: Tensor, A: Tensor, S: Tensor, bias: Tensor | None) -> Tensor:
     y = x.new_empty(M, n * o)
     if M == 0:
         return y
-    steps, tiles_o = n * triton.cdiv(i, _BLOCK_I), triton.cdiv(o, _BLOCK_O)
-    block_q = max(16, triton.next_power_of_2(M * n))
+    tile, part = _tile(M, n, x.itemsize), unit(i)
+    steps, tiles_o = n * triton.cdiv(i, tile["BLOCK_I"]), triton.cdiv(o, tile["BLOCK_O"])
     per_split = triton.cdiv(steps, max(1, min(steps, _PROGRAMS // tiles_o)))
     splits = triton.cdiv(steps, per_split)
     parts = x.new_empty(splits, y.numel(), dtype=torch.float32)
+    large = tile["BLOCK_M"] * tile["N_PAD"] > 64
     with on_device(x):
         _product_kernel[(tiles_o, splits)](
-            x, A.contiguous(), S.contiguous(), parts, M, o, i, x.stride(0), x.stride(1), per_split,
-            N=n, PRECISION=dot_precision(), BLOCK_Q=block_q, BLOCK_O=_BLOCK_O, BLOCK_I=_BLOCK_I,
-            num_warps=4 if block_q <= 64 else 8,  # with four, the larger blocks would spill their registers
+            x, A.contiguous(), S.contiguous(), parts, M, o, i // part, x.stride(0), x.stride(1), per_split,
+            N=n, UNIT=part, PRECISION=dot_precision(), **tile, num_warps=8 if large else 4,
+            num_stages=1,  # what is loaded ahead of the loop would take more shared memory than there is
         )  # fmt: skip
+        whole = unit(y.numel())
         _sum_kernel[(triton.cdiv(y.numel(), 512),)](
-            parts, None if bias is None else bias.contiguous(), y, y.numel(), n * o, splits, BLOCK=512
-        )
+            parts, None if bias is None else bias.contiguous(), y, y.numel() // whole, n * o, splits,
+            UNIT=whole, BLOCK=512,
+        )  # fmt: skip
     return y
 
 
@@ -215,7 +245,7 @@ def phm_linear(x: Tensor, A: Tensor, S: Tensor, bias: Tensor | None = None, *, b
     return phm_linear_reference(x, A, S, bias)
 
 
-# --- cost and benchmark -----------------------------------------------------------------------------------------------
+# --- cost -------------------------------------------------------------------------------------------------------------
 
 
 def cost(rows: int, in_features: int, out_features: int, n: int, dtype: torch.dtype, built: bool = False) -> Cost:
@@ -230,28 +260,3 @@ def cost(rows: int, in_features: int, out_features: int, n: int, dtype: torch.dt
     elements = rows * in_features + n**3 + entries // n + out_features + rows * out_features + 2 * entries * built
     mixing = n * entries if built else n * n * rows * in_features
     return Cost(elements * dtype.itemsize, 2 * (rows * entries + mixing))
-
-
-def bench_cases(device: torch.device, quick: bool) -> Iterator[tuple]:
-    """Yield (label, dtype, (cost of inference, cost of forward and backward), {contestant: (function, its tensors)}).
-
-    "built" has the weight ready, as a model that never changes would: the plain product of a real layer. Its gradient
-    is that of the built weight alone.
-    """
-    sizes, dtypes = [(1, 1024, 4), (16, 1024, 4)], [torch.float32]
-    if device.type == "cuda":
-        sizes, dtypes = [(rows, 4096, n) for rows in (1, 8, 32) for n in (2, 4, 8)], [torch.bfloat16]
-    for dtype in dtypes:
-        for rows, width, n in [(2, 64, 4)] if quick else sizes:
-            A = torch.randn(n, n, n, device=device, dtype=dtype) / n**0.5
-            S = torch.randn(n, width // n, width // n, device=device, dtype=dtype) / width**0.5
-            x, bias = (torch.randn(*lead, width, device=device, dtype=dtype) for lead in ((rows,), ()))
-            forward = cost(rows, width, width, n, dtype)
-            backward = Cost(2 * forward.bytes, 2 * forward.flops)
-            contestants = {
-                "reference": (phm_linear_reference, (x, A, S, bias)),
-                "factored": (phm_linear_factored, (x, A, S, bias)),
-                "built": (F.linear, (x, kronecker_weight(A, S), bias)),
-                "ours": (phm_linear, (x, A, S, bias)),
-            }
-            yield f"{rows}x{width}->{width}, n={n}", dtype, (forward, forward + backward), contestants

@@ -28,13 +28,24 @@ and writes the gradient of x, three passes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from polylib.kernels._common import autotune, no_double_backward, on_device, row_bucket, tl, triton, widened
+from polylib.kernels._common import (
+    autotune,
+    load,
+    no_double_backward,
+    on_device,
+    row_bucket,
+    store,
+    tl,
+    triton,
+    unit,
+    wide,
+    widened,
+)
 from polylib.kernels._cost import Cost
 from polylib.kernels._polynomials import ORDER, check_polynomial, polynomial_backend, sum_of_eight, sum_of_four
 
@@ -49,33 +60,65 @@ def poly_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float = EP
     x (..., H), weight (order,) with the highest power first, bias (1,). Any floating dtype and device; differentiable
     any number of times; works under `torch.func`. PyTorch itself checks the arguments.
     """
-    wide = widened(x)
-    y, power = bias, wide
-    for coefficient in weight.flip(0):
-        y = y + coefficient * (power * torch.rsqrt(power.square().mean(-1, keepdim=True) + eps))
-        power = power * wide
+    u = widened(x)
+    inverse = _inverse_scale(u.detach())
+    u = u * inverse
+    y, power = bias, u
+    for order, coefficient in enumerate(weight.flip(0), 1):
+        mean_square = power.square().mean(-1, keepdim=True) + eps * inverse ** (2 * order)
+        y = torch.addcmul(y, coefficient * torch.rsqrt(mean_square), power)
+        if order < len(weight):
+            power = power * u
     return y.to(x.dtype)
 
 
+def _inverse_scale(x: Tensor) -> Tensor:
+    """Return (..., 1), one over the largest power of two not above the largest |x| of each row; 1 for rows below 2.
+
+    The normalised powers of a row don't change with its scale but for eps, and the sixth power of 1e7 is not a float32.
+    """
+    largest = x.abs().amax(-1, keepdim=True)
+    mantissa, _ = torch.frexp(largest)
+    return torch.where((largest >= 2) & largest.isfinite(), 2 * mantissa / largest, 1.0)
+
+
 # --- the kernels ------------------------------------------------------------------------------------------------------
-# (block sizes, warps, pipeline stages). Where COLUMNS >= H a row stays in registers. ROWS > 1 serves short rows, whose
-# reductions would otherwise leave most of a program idle.
+# (block sizes, warps, pipeline stages). Where COLUMNS >= H a row stays in registers, and so is read once; that tile
+# comes first. Longer rows are walked in blocks of 1,024, since backward keeps seven sums for each entry of a block.
+# Short rows share a program, of which a reduction would otherwise leave most idle.
 
 _TILES = [
     ({"ROWS": 4, "COLUMNS": 512}, 4, 2),
-    ({"ROWS": 1, "COLUMNS": 1024}, 4, 2),
-    ({"ROWS": 2, "COLUMNS": 2048}, 8, 2),
-    ({"ROWS": 1, "COLUMNS": 4096}, 8, 2),
     ({"ROWS": 1, "COLUMNS": 8192}, 16, 2),
+    ({"ROWS": 1, "COLUMNS": 4096}, 8, 2),
+    ({"ROWS": 1, "COLUMNS": 2048}, 8, 2),
+    ({"ROWS": 1, "COLUMNS": 1024}, 4, 2),
 ]
 _KEY = ["H", "m_bucket"]
 
 
+def _suits(tile: dict[str, int], arguments: dict[str, Any]) -> bool:
+    """Tell whether a tile is the smallest that holds a row, or walks it."""
+    columns, width = tile["COLUMNS"], arguments["H"]
+    return columns >= width > columns // 2 or width <= columns == 512 or columns == 1024 < width
+
+
 @triton.jit
-def _row_scales(s2, s4, s6, H: tl.constexpr, eps):
-    """The factors r_1, r_2, r_3 of each row, (ROWS, 1), from the sums of its second, fourth and sixth powers."""
-    r1, r2, r3 = tl.rsqrt(s2 / H + eps), tl.rsqrt(s4 / H + eps), tl.rsqrt(s6 / H + eps)
-    return r1[:, None], r2[:, None], r3[:, None]
+def _scale(largest):
+    """One over the largest power of two that is not above `largest`, from 1 to 2^-126: a product with it is exact."""
+    power = largest.to(tl.int32, bitcast=True) & 0x7F800000
+    power = tl.minimum(tl.maximum(power, 0x3F800000), 0x7E800000)
+    return (0x7F000000 - power).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _row_scales(s2, s4, s6, inverse, H: tl.constexpr, eps):
+    """The factors r_1, r_2, r_3 of each row, (ROWS, 1), from the sums of its second, fourth and sixth powers, where the
+    row was multiplied by `inverse` before."""
+    square = inverse * inverse
+    r1 = tl.rsqrt(s2[:, None] / H + eps * square)
+    r2 = tl.rsqrt(s4[:, None] / H + eps * square * square)
+    return r1, r2, tl.rsqrt(s6[:, None] / H + eps * square * square * square)
 
 
 @triton.jit
@@ -86,63 +129,118 @@ def _value(v, r1, r2, r3, a1, a2, a3, a0):
 
 @triton.jit
 def _slope(v, g, r1, r2, r3, t1, t2, t3, a1, a2, a3):
-    """The gradient of x. The t of this function are already multiplied by r."""
+    """The gradient of the row that was multiplied. The t of this function are already multiplied by r."""
     vv = v * v
     linear, square, cubic = g - t1 * v, g - t2 * vv, g - t3 * (vv * v)
     return a1 * r1 * linear + 2 * a2 * (r2 * v) * square + 3 * a3 * (r3 * vv) * cubic
 
 
 @triton.jit
-def _load(x, at, ok):
-    return tl.load(x + at, mask=ok, other=0.0).to(tl.float32)
+def _coefficients(weight):
+    return wide(tl.load(weight)), wide(tl.load(weight + 1)), wide(tl.load(weight + 2))
 
 
-@autotune(_TILES, key=_KEY)
+@triton.jit
+def _place(M, stride_m, stride_h, H: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The rows and columns of the first block, and where it lies in x and in a contiguous tensor."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    cols = tl.arange(0, COLUMNS)[None, :].to(tl.int64)
+    return rows, cols, rows * (stride_m * UNIT) + cols * stride_h, rows * H + cols
+
+
+# The rows are walked with their values as they are. Only if a sum leaves float32, which takes values beyond a million,
+# are they walked again: for the largest value, and with all of them divided by it. (That is, by a power of two.)
+
+
+@triton.jit
+def _largest(x, at, step, rows, cols, M, H: tl.constexpr, COLUMNS: tl.constexpr):
+    most = tl.zeros_like(cols + rows).to(tl.float32)
+    for start in range(0, H, COLUMNS):
+        most = tl.maximum(most, tl.abs(load(x + at, (rows < M) & (cols < H - start))))
+        at += step
+    return _scale(tl.max(most, axis=1)[:, None])
+
+
+@triton.jit
+def _powers(x, at, step, inverse, rows, cols, M, H: tl.constexpr, COLUMNS: tl.constexpr):
+    p2 = tl.zeros_like(cols + rows).to(tl.float32)
+    p4, p6 = p2, p2
+    for start in range(0, H, COLUMNS):
+        v = load(x + at, (rows < M) & (cols < H - start)) * inverse
+        vv = v * v
+        p2 += vv
+        p4 += vv * vv
+        p6 += vv * vv * vv
+        at += step
+    return sum_of_four(p2, p4, p6, tl.zeros_like(p2))
+
+
+@triton.jit
+def _finite(s):
+    return tl.abs(s) < float("inf")
+
+
+@autotune(_TILES, key=_KEY, keep=_suits)
 @triton.jit(do_not_specialize=["M", "m_bucket"])
 def _forward_kernel(
     x, weight, bias, y, M, stride_m, stride_h, eps, m_bucket,
-    H: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    H: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    cols = tl.arange(0, COLUMNS)[None, :].to(tl.int64)
-    a3, a2, a1 = tl.load(weight).to(tl.float32), tl.load(weight + 1).to(tl.float32), tl.load(weight + 2).to(tl.float32)
-    a0 = tl.load(bias).to(tl.float32)
-    into, out = rows * stride_m + cols * stride_h, rows * H + cols
+    a3, a2, a1 = _coefficients(weight)
+    a0 = wide(tl.load(bias))
+    rows, cols, into, out = _place(M, stride_m, stride_h, H, UNIT, ROWS, COLUMNS)
     if H <= COLUMNS:
+        # excerpt: begin
         ok = (rows < M) & (cols < H)
-        v = _load(x, into, ok)
+        v = load(x + into, ok)
+        inverse = _scale(tl.max(tl.abs(v), axis=1)[:, None])
+        v *= inverse
         vv = v * v
         s2, s4, s6, _ = sum_of_four(vv, vv * vv, vv * vv * vv, tl.zeros_like(v))
-        r1, r2, r3 = _row_scales(s2, s4, s6, H, eps)
-        tl.store(y + out, _value(v, r1, r2, r3, a1, a2, a3, a0).to(y.dtype.element_ty), mask=ok)
+        r1, r2, r3 = _row_scales(s2, s4, s6, inverse, H, eps)
+        store(y + out, _value(v, r1, r2, r3, a1, a2, a3, a0), ok)
+        # excerpt: end
     else:
         step = tl.cast(stride_h, tl.int64) * COLUMNS
-        p2 = tl.zeros((ROWS, COLUMNS), tl.float32)
-        p4, p6 = tl.zeros_like(p2), tl.zeros_like(p2)
-        at = into
-        for start in range(0, H, COLUMNS):
-            v = _load(x, at, (rows < M) & (cols < H - start))
-            vv = v * v
-            p2 += vv
-            p4 += vv * vv
-            p6 += vv * vv * vv
-            at += step
-        s2, s4, s6, _ = sum_of_four(p2, p4, p6, tl.zeros_like(p2))
-        r1, r2, r3 = _row_scales(s2, s4, s6, H, eps)
+        inverse = tl.full((ROWS, 1), 1.0, tl.float32)
+        s2, s4, s6, _ = _powers(x, into, step, inverse, rows, cols, M, H, COLUMNS)
+        if tl.min(_finite(s6).to(tl.int32), axis=0) == 0:
+            inverse = _largest(x, into, step, rows, cols, M, H, COLUMNS)
+            s2, s4, s6, _ = _powers(x, into, step, inverse, rows, cols, M, H, COLUMNS)
+        r1, r2, r3 = _row_scales(s2, s4, s6, inverse, H, eps)
         for start in range(0, H, COLUMNS):
             ok = (rows < M) & (cols < H - start)
-            v = _load(x, into, ok)
-            tl.store(y + out, _value(v, r1, r2, r3, a1, a2, a3, a0).to(y.dtype.element_ty), mask=ok)
+            v = load(x + into, ok) * inverse
+            store(y + out, _value(v, r1, r2, r3, a1, a2, a3, a0), ok)
             into += step
             out += COLUMNS
 
 
 @triton.jit
-def _row_terms(p2, p4, p6, q1, q2, q3, q0, sums, M, rows, H: tl.constexpr, eps):
-    """Reduce the seven blocks to one sum a row each, store what the row adds to the gradients of the coefficients, and
-    return the factors r and r t of the row."""
-    s2, s4, s6, S1, S2, S3, s0, _ = sum_of_eight(p2, p4, p6, q1, q2, q3, q0, tl.zeros_like(q0))
-    r1, r2, r3 = _row_scales(s2, s4, s6, H, eps)
+def _moments(x, grad, x_at, g_at, step, inverse, rows, cols, M, H: tl.constexpr, COLUMNS: tl.constexpr):
+    """The sums of the second, fourth and sixth powers of each row, and of g times its powers from 1 to 3 and 0."""
+    p2 = tl.zeros_like(cols + rows).to(tl.float32)
+    p4, p6, q1, q2, q3, q0 = p2, p2, p2, p2, p2, p2
+    for start in range(0, H, COLUMNS):
+        ok = (rows < M) & (cols < H - start)
+        v, g = load(x + x_at, ok) * inverse, load(grad + g_at, ok)
+        vv = v * v
+        p2 += vv
+        p4 += vv * vv
+        p6 += vv * vv * vv
+        q1 += g * v
+        q2 += g * vv
+        q3 += g * vv * v
+        q0 += g
+        x_at += step
+        g_at += COLUMNS
+    return sum_of_eight(p2, p4, p6, q1, q2, q3, q0, tl.zeros_like(p2))
+
+
+@triton.jit
+def _row_terms(s2, s4, s6, S1, S2, S3, s0, inverse, sums, M, rows, H: tl.constexpr, eps):
+    """Store what each row adds to the gradients of the coefficients, and return its factors r and r t."""
+    r1, r2, r3 = _row_scales(s2, s4, s6, inverse, H, eps)
     S1, S2, S3, s0 = r1 * S1[:, None], r2 * S2[:, None], r3 * S3[:, None], s0[:, None]
     size = tl.cast(M, tl.int64)
     tl.store(sums + rows, S3, mask=rows < M)
@@ -152,49 +250,38 @@ def _row_terms(p2, p4, p6, q1, q2, q3, q0, sums, M, rows, H: tl.constexpr, eps):
     return r1, r2, r3, S1 / H * r1, S2 / H * r2, S3 / H * r3
 
 
-@autotune(_TILES, key=_KEY)
+@autotune(_TILES, key=_KEY, keep=_suits)
 @triton.jit(do_not_specialize=["M", "m_bucket"])
 def _backward_kernel(
     grad, x, weight, grad_x, sums, M, stride_m, stride_h, eps, m_bucket,
-    H: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    H: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    cols = tl.arange(0, COLUMNS)[None, :].to(tl.int64)
-    a3, a2, a1 = tl.load(weight).to(tl.float32), tl.load(weight + 1).to(tl.float32), tl.load(weight + 2).to(tl.float32)
-    into, out = rows * stride_m + cols * stride_h, rows * H + cols
+    a3, a2, a1 = _coefficients(weight)
+    rows, cols, into, out = _place(M, stride_m, stride_h, H, UNIT, ROWS, COLUMNS)
     if H <= COLUMNS:
         ok = (rows < M) & (cols < H)
-        v, g = _load(x, into, ok), _load(grad, out, ok)
+        v, g = load(x + into, ok), load(grad + out, ok)
+        inverse = _scale(tl.max(tl.abs(v), axis=1)[:, None])
+        v *= inverse
         vv = v * v
-        r1, r2, r3, t1, t2, t3 = _row_terms(
-            vv, vv * vv, vv * vv * vv, g * v, g * vv, g * vv * v, g, sums, M, rows, H, eps
+        s2, s4, s6, S1, S2, S3, s0, _ = sum_of_eight(
+            vv, vv * vv, vv * vv * vv, g * v, g * vv, g * vv * v, g, tl.zeros_like(g)
         )
-        slope = _slope(v, g, r1, r2, r3, t1, t2, t3, a1, a2, a3)
-        tl.store(grad_x + out, slope.to(grad_x.dtype.element_ty), mask=ok)
+        r1, r2, r3, t1, t2, t3 = _row_terms(s2, s4, s6, S1, S2, S3, s0, inverse, sums, M, rows, H, eps)
+        store(grad_x + out, _slope(v, g, r1, r2, r3, t1, t2, t3, a1, a2, a3) * inverse, ok)
     else:
         step = tl.cast(stride_h, tl.int64) * COLUMNS
-        p2 = tl.zeros((ROWS, COLUMNS), tl.float32)
-        p4, p6, q1, q2, q3, q0 = p2, p2, p2, p2, p2, p2
-        x_at, g_at = into, out
+        inverse = tl.full((ROWS, 1), 1.0, tl.float32)
+        s2, s4, s6, S1, S2, S3, s0, _ = _moments(x, grad, into, out, step, inverse, rows, cols, M, H, COLUMNS)
+        fine = _finite(s6) & _finite(S1) & _finite(S2) & _finite(S3)
+        if tl.min(fine.to(tl.int32), axis=0) == 0:
+            inverse = _largest(x, into, step, rows, cols, M, H, COLUMNS)
+            s2, s4, s6, S1, S2, S3, s0, _ = _moments(x, grad, into, out, step, inverse, rows, cols, M, H, COLUMNS)
+        r1, r2, r3, t1, t2, t3 = _row_terms(s2, s4, s6, S1, S2, S3, s0, inverse, sums, M, rows, H, eps)
         for start in range(0, H, COLUMNS):
             ok = (rows < M) & (cols < H - start)
-            v, g = _load(x, x_at, ok), _load(grad, g_at, ok)
-            vv = v * v
-            p2 += vv
-            p4 += vv * vv
-            p6 += vv * vv * vv
-            q1 += g * v
-            q2 += g * vv
-            q3 += g * vv * v
-            q0 += g
-            x_at += step
-            g_at += COLUMNS
-        r1, r2, r3, t1, t2, t3 = _row_terms(p2, p4, p6, q1, q2, q3, q0, sums, M, rows, H, eps)
-        for start in range(0, H, COLUMNS):
-            ok = (rows < M) & (cols < H - start)
-            v, g = _load(x, into, ok), _load(grad, out, ok)
-            slope = _slope(v, g, r1, r2, r3, t1, t2, t3, a1, a2, a3)
-            tl.store(grad_x + out, slope.to(grad_x.dtype.element_ty), mask=ok)
+            v, g = load(x + into, ok) * inverse, load(grad + out, ok)
+            store(grad_x + out, _slope(v, g, r1, r2, r3, t1, t2, t3, a1, a2, a3) * inverse, ok)
             into += step
             out += COLUMNS
 
@@ -208,8 +295,9 @@ def _launch(kernel: Any, x: Tensor, tensors: tuple[Tensor, ...], eps: float) -> 
     if M > 0:
         with on_device(x):
             kernel[lambda meta: (triton.cdiv(M, meta["ROWS"]),)](
-                *tensors, M, x.stride(0), x.stride(1), eps, row_bucket(M), H=H
-            )
+                *tensors, M, x.stride(0) // unit(x.stride(0)), x.stride(1), eps, row_bucket(M),
+                H=H, UNIT=unit(x.stride(0)),
+            )  # fmt: skip
 
 
 @torch.library.custom_op("polylib::poly_norm", mutates_args=())
@@ -288,7 +376,7 @@ def poly_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = EPS, *, back
     return _forward(x.reshape(-1, x.shape[-1]), weight, bias, eps).view(x.shape)
 
 
-# --- cost and benchmark -----------------------------------------------------------------------------------------------
+# --- cost -------------------------------------------------------------------------------------------------------------
 
 
 def cost(rows: int, width: int, dtype: torch.dtype, direction: str = "forward") -> Cost:
@@ -303,28 +391,3 @@ def cost(rows: int, width: int, dtype: torch.dtype, direction: str = "forward") 
         raise ValueError(f'direction must be "forward" or "backward", got {direction!r}')
     elements, flops = counts[direction]
     return Cost(elements * dtype.itemsize, flops)
-
-
-def bench_cases(device: torch.device, quick: bool) -> Iterator[tuple]:
-    """Yield (label, dtype, (cost of inference, cost of forward and backward), {contestant: (function, its tensors)}).
-
-    Liger-Kernel's PolyNorm is a contestant on a GPU where the package `liger-kernel` is installed.
-    """
-    sizes, dtypes = [(256, 1024), (512, 4096)], [torch.float32]
-    peers = {}
-    if device.type == "cuda":
-        sizes, dtypes = [(16384, 2048), (16384, 5632), (16384, 8192), (2048, 32768)], [torch.bfloat16, torch.float32]
-        try:
-            from liger_kernel.ops.poly_norm import LigerPolyNormFunction
-        except ImportError:
-            pass
-        else:
-            peers["liger"] = lambda x, weight, bias: LigerPolyNormFunction.apply(x, weight, bias, EPS, False)
-    for dtype in dtypes:
-        for rows, width in [(8, 64)] if quick else sizes:
-            x = torch.randn(rows, width, device=device, dtype=dtype)
-            args = (x, torch.full((ORDER,), 1 / 3, device=device, dtype=dtype), x.new_zeros(1))
-            functions = {"reference": poly_norm_reference, **peers, "ours": poly_norm}
-            forward = cost(rows, width, dtype)
-            contestants = {name: (function, args) for name, function in functions.items()}
-            yield f"{rows}x{width}", dtype, (forward, forward + cost(rows, width, dtype, "backward")), contestants

@@ -20,13 +20,12 @@ stores its four sums for the coefficients, and one addition in a fixed order fol
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from polylib.kernels._common import no_double_backward, on_device, tl, triton, widened
+from polylib.kernels._common import load, no_double_backward, on_device, store, tl, triton, wide, widened
 from polylib.kernels._cost import Cost
 from polylib.kernels._polynomials import ORDER, check_polynomial, polynomial_backend, sum_of_four
 
@@ -40,49 +39,80 @@ def poly_relu_reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     number of times; works under `torch.func`. PyTorch itself checks the arguments.
     """
     u = widened(x).relu()
-    y = torch.zeros_like(u)
-    for coefficient in weight:
-        y = (y + coefficient) * u  # Horner's rule, from the highest power down
+    kind = widened(weight).dtype if weight.dtype != x.dtype else u.dtype
+    weight, bias = weight.to(kind), bias.to(kind)
+    y = weight[0] * u
+    for coefficient in weight[1:]:
+        y = (y + coefficient) * u  # Horner's rule, from the highest power down; not in place, for forward mode
     return (y + bias[0]).to(x.dtype)
 
 
 # --- the kernels ------------------------------------------------------------------------------------------------------
 
-_BLOCK = 4096  # entries a program: sixteen for each thread of eight warps
+_BLOCK = 1024  # entries a program: eight for each thread of four warps
 
 
+@triton.jit
+def _coefficients(weight):
+    return wide(tl.load(weight)), wide(tl.load(weight + 1)), wide(tl.load(weight + 2))
+
+
+@triton.jit
+def _relu(x):
+    return tl.where(x <= 0, 0.0, x)  # unlike a maximum, keeps what is not a number
+
+
+# excerpt: begin
+@triton.jit
+def _forward_block(x, a3, a2, a1, a0, y, at, ok):
+    u = _relu(load(x + at, ok))
+    store(y + at, ((a3 * u + a2) * u + a1) * u + a0, ok)
+
+
+# excerpt: end
+
+
+# The number of entries is unknown to the compiler, so that a new batch size compiles nothing. Blocks that are full need
+# no mask, and their loads are 16 bytes wide whatever the number is; only the last block is masked.
 @triton.jit(do_not_specialize=["size"])
 def _forward_kernel(x, weight, bias, y, size, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    u = _relu(tl.load(x + at, mask=at < size, other=0.0).to(tl.float32))
-    a3, a2, a1 = tl.load(weight), tl.load(weight + 1), tl.load(weight + 2)
-    value = ((a3.to(tl.float32) * u + a2.to(tl.float32)) * u + a1.to(tl.float32)) * u + tl.load(bias).to(tl.float32)
-    tl.store(y + at, value.to(y.dtype.element_ty), mask=at < size)
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    at = start + tl.arange(0, BLOCK)
+    a3, a2, a1 = _coefficients(weight)
+    a0 = wide(tl.load(bias))
+    if start + BLOCK <= size:
+        _forward_block(x, a3, a2, a1, a0, y, at, None)
+    else:
+        _forward_block(x, a3, a2, a1, a0, y, at, at < size)
 
 
-@triton.jit(do_not_specialize=["size"])
-def _backward_kernel(grad, x, weight, grad_x, sums, size, BLOCK: tl.constexpr):
-    pid, programs = tl.program_id(0), tl.num_programs(0)
-    at = pid.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :]  # one row, for the sums
-    wide = tl.load(x + at, mask=at < size, other=0.0).to(tl.float32)
-    g = tl.load(grad + at, mask=at < size, other=0.0).to(tl.float32)
-    u = _relu(wide)
-    a3, a2, a1 = tl.load(weight).to(tl.float32), tl.load(weight + 1).to(tl.float32), tl.load(weight + 2).to(tl.float32)
-    slope = (3 * a3 * u + 2 * a2) * u + a1
-    tl.store(grad_x + at, tl.where(wide <= 0, 0.0, g * slope).to(grad_x.dtype.element_ty), mask=at < size)
+@triton.jit
+def _backward_block(grad, x, a3, a2, a1, grad_x, sums, at, ok):
+    v, g = load(x + at, ok), load(grad + at, ok)
+    u = _relu(v)
+    inner = a3 * u + a2  # value and derivative by one Horner scheme: 2 a_2 alone could overflow
+    slope = (a3 * u + inner) * u + (inner * u + a1)
+    store(grad_x + at, tl.where(v <= 0, 0.0, g * slope), ok)
     gu = g * u
     guu = gu * u
     s3, s2, s1, s0 = sum_of_four(guu * u, guu, gu, g)
-    here = sums + pid + tl.arange(0, 1)
+    programs = tl.num_programs(0)
+    here = sums + tl.program_id(0) + tl.arange(0, 1)
     tl.store(here, s3)
     tl.store(here + programs, s2)
     tl.store(here + 2 * programs, s1)
     tl.store(here + 3 * programs, s0)
 
 
-@triton.jit
-def _relu(x):
-    return tl.where(x <= 0, 0.0, x)  # unlike a maximum, keeps what is not a number
+@triton.jit(do_not_specialize=["size"])
+def _backward_kernel(grad, x, weight, grad_x, sums, size, BLOCK: tl.constexpr):
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    at = start + tl.arange(0, BLOCK)[None, :]  # one row, for the sums
+    a3, a2, a1 = _coefficients(weight)
+    if start + BLOCK <= size:
+        _backward_block(grad, x, a3, a2, a1, grad_x, sums, at, None)
+    else:
+        _backward_block(grad, x, a3, a2, a1, grad_x, sums, at, at < size)
 
 
 # --- registration -----------------------------------------------------------------------------------------------------
@@ -96,7 +126,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     if x.numel() > 0:
         with on_device(x):
             _forward_kernel[(triton.cdiv(x.numel(), _BLOCK),)](
-                x, weight.contiguous(), bias.contiguous(), y, x.numel(), BLOCK=_BLOCK, num_warps=8
+                x, weight.contiguous(), bias.contiguous(), y, x.numel(), BLOCK=_BLOCK
             )
     return y
 
@@ -114,7 +144,7 @@ def _backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     sums = x.new_empty(ORDER + 1, programs, dtype=torch.float32)
     if programs > 0:
         with on_device(x):
-            _backward_kernel[(programs,)](grad, x, weight, grad_x, sums, x.numel(), BLOCK=_BLOCK, num_warps=8)
+            _backward_kernel[(programs,)](grad, x, weight, grad_x, sums, x.numel(), BLOCK=_BLOCK)
     return grad_x, sums.sum(1).to(weight.dtype)
 
 
@@ -167,7 +197,7 @@ def poly_relu(x: Tensor, weight: Tensor, bias: Tensor, *, backend: str = "auto")
     return _forward(x, weight, bias)
 
 
-# --- cost and benchmark -----------------------------------------------------------------------------------------------
+# --- cost -------------------------------------------------------------------------------------------------------------
 
 
 def cost(size: int, dtype: torch.dtype, direction: str = "forward") -> Cost:
@@ -181,17 +211,3 @@ def cost(size: int, dtype: torch.dtype, direction: str = "forward") -> Cost:
         raise ValueError(f'direction must be "forward" or "backward", got {direction!r}')
     elements, flops = counts[direction]
     return Cost(elements * dtype.itemsize, flops)
-
-
-def bench_cases(device: torch.device, quick: bool) -> Iterator[tuple]:
-    """Yield (label, dtype, (cost of inference, of forward and backward), {contestant: (function, its tensors)})."""
-    sizes, dtypes = [(256, 1024), (512, 4096)], [torch.float32]
-    if device.type == "cuda":
-        sizes, dtypes = [(16384, 2048), (16384, 8192), (4096, 32768)], [torch.bfloat16, torch.float32]
-    for dtype in dtypes:
-        for rows, width in [(8, 64)] if quick else sizes:
-            x = torch.randn(rows, width, device=device, dtype=dtype)
-            args = (x, torch.full((ORDER,), 1 / 3, device=device, dtype=dtype), x.new_zeros(1))
-            forward = cost(x.numel(), dtype)
-            contestants = {"reference": (poly_relu_reference, args), "ours": (poly_relu, args)}
-            yield f"{rows}x{width}", dtype, (forward, forward + cost(x.numel(), dtype, "backward")), contestants

@@ -31,7 +31,6 @@ At M = 8192, K = N = 1024 in bfloat16 MN is 16.8 MB: forward moves at least 17 +
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -71,26 +70,47 @@ def quadratic_linear_reference(
 
 
 # --- the kernels ------------------------------------------------------------------------------------------------------
-# (block sizes, warps, pipeline stages). The first of each is small: it fits every GPU, and spills the fewest registers
-# in exact float32 products, which have no tensor cores. Three float32 accumulators of 128 x 64 take 96 registers a
-# thread with eight warps; three of 128 x 128 would take 192.
+# (block sizes, warps, pipeline stages), apart for products on tensor cores in 16 bits ("half") and in tf32, and exact
+# in float32 ("ieee"), where the product runs on the ordinary units and wants many registers. The first of each is small
+# enough for every GPU; none of them spills. In tf32 the tensor cores take operands in one order only: what the
+# gradients read the other way round is turned on its way through registers, and so not copied ahead of the loop (one
+# stage), or it would travel 4 bytes at a time.
 
-_TILES = [
-    ({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}, 4, 2),
-    ({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 32}, 8, 3),
-    ({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64}, 8, 3),
-    ({"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 32}, 8, 3),
-]
-_GRAD_X_TILES = [
-    ({"BLOCK_M": 64, "BLOCK_N": 16, "BLOCK_K": 64}, 4, 2),
-    ({"BLOCK_M": 128, "BLOCK_N": 32, "BLOCK_K": 64}, 8, 3),
-    ({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 128}, 8, 3),
-]
-_GRAD_PARAMS_TILES = [
-    ({"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64}, 8, 2),
-    ({"BLOCK_M": 32, "BLOCK_N": 128, "BLOCK_K": 64}, 8, 3),
-    ({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 128}, 8, 3),
-]
+
+def _tiles(kinds: dict[str, list[tuple[int, int, int, int, int]]]) -> list[tuple[dict[str, Any], int, int]]:
+    """One list of all tiles; KIND says what product a tile is for."""
+    return [
+        ({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "KIND": kind}, warps, stages)
+        for kind, sizes in kinds.items()
+        for m, n, k, warps, stages in sizes
+    ]
+
+
+def _suits(tile: dict[str, Any], arguments: dict[str, Any]) -> bool:
+    return tile["KIND"] == (arguments["PRECISION"] if arguments["x"].dtype == torch.float32 else "half")
+
+
+_FORWARD = _tiles(
+    {
+        "half": [(64, 64, 32, 4, 2), (128, 64, 32, 8, 3), (128, 64, 64, 8, 3), (64, 128, 32, 8, 3)],
+        "tf32": [(64, 64, 32, 8, 2), (128, 64, 32, 8, 2), (64, 64, 32, 4, 2)],
+        "ieee": [(32, 32, 32, 4, 2), (64, 64, 16, 8, 2)],
+    }
+)
+_GRAD_X = _tiles(
+    {
+        "half": [(64, 16, 64, 4, 2), (128, 32, 64, 8, 3)],
+        "tf32": [(64, 16, 64, 4, 1), (64, 32, 64, 8, 1)],
+        "ieee": [(32, 16, 64, 4, 2), (64, 16, 64, 8, 2)],
+    }
+)
+_GRAD_PARAMS = _tiles(
+    {
+        "half": [(32, 64, 64, 8, 2), (64, 64, 64, 8, 2)],
+        "tf32": [(16, 64, 64, 8, 1), (32, 64, 64, 8, 1)],
+        "ieee": [(16, 64, 64, 8, 2), (16, 32, 64, 4, 2)],
+    }
+)
 _KEY = ["N", "K", "m_bucket", "PRECISION"]
 
 
@@ -101,12 +121,12 @@ def _square(x):
 
 
 # Neighbouring programs share rows in groups of eight, so that the tiles they read are still in the L2 cache.
-@autotune(_TILES, key=_KEY)
+@autotune(_FORWARD, key=_KEY, keep=_suits)
 @triton.jit(do_not_specialize=["M", "m_bucket"])
 def _forward_kernel(
     x, w_r, b_r, w_g, b_g, w_b, b_b, y, r, g,
     M, N, K, stride_m, stride_k, m_bucket,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr, KIND: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     pid = tl.program_id(0)
@@ -122,6 +142,7 @@ def _forward_kernel(
     acc_r = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     acc_g = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     acc_q = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    # excerpt: begin
     for k0 in range(0, K, BLOCK_K):
         a = tl.load(x_tile, mask=row_ok & (ks[None, :] < K - k0), other=0.0)
         w_ok = col_ok & (ks[:, None] < K - k0)
@@ -130,6 +151,7 @@ def _forward_kernel(
         acc_q = dot(_square(a), tl.load(w_b + w_offsets, mask=w_ok, other=0.0), acc_q, PRECISION)
         x_tile += step
         w_offsets += BLOCK_K
+    # excerpt: end
 
     if b_r is not None:
         acc_r += tl.load(b_r + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
@@ -144,12 +166,12 @@ def _forward_kernel(
         tl.store(g + out, acc_g.to(g.dtype.element_ty), mask=row_ok & col_ok)
 
 
-@autotune(_GRAD_X_TILES, key=_KEY)
+@autotune(_GRAD_X, key=_KEY, keep=_suits)
 @triton.jit(do_not_specialize=["M", "m_bucket"])
 def _grad_x_kernel(
     grad, x, w_r, w_g, w_b, r, g, grad_x,
     M, N, K, stride_m, stride_k, m_bucket,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr, KIND: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     tiles_m, tiles_k = tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_K)
     pid = tl.program_id(0)
@@ -184,12 +206,12 @@ def _grad_x_kernel(
 
 # Each program sums one range of rows for one tile of all three weights, and writes float32 partial sums that the caller
 # adds in a fixed order: no atomics, hence the same bits every time.
-@autotune(_GRAD_PARAMS_TILES, key=_KEY)
+@autotune(_GRAD_PARAMS, key=_KEY, keep=_suits)
 @triton.jit(do_not_specialize=["M", "m_bucket", "rows_per_split"])
 def _grad_params_kernel(
     grad, x, r, g, grad_w, grad_b,
     M, N, K, stride_m, stride_k, rows_per_split, m_bucket,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr, KIND: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     tiles_n, tiles_k = tl.cdiv(N, BLOCK_N), tl.cdiv(K, BLOCK_K)
     pid, split = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -381,7 +403,7 @@ def quadratic_linear(
     return y.view(*x.shape[:-1], N)
 
 
-# --- cost and benchmark -----------------------------------------------------------------------------------------------
+# --- cost -------------------------------------------------------------------------------------------------------------
 
 
 def cost(rows: int, in_features: int, out_features: int, dtype: torch.dtype, direction: str = "forward") -> Cost:
@@ -401,30 +423,3 @@ def cost(rows: int, in_features: int, out_features: int, dtype: torch.dtype, dir
         raise ValueError(f'direction must be "forward", "inference" or "backward", got {direction!r}')
     elements, flops = counts[direction]
     return Cost(elements * dtype.itemsize, flops)
-
-
-def bench_cases(device: torch.device, quick: bool) -> Iterator[tuple]:
-    """Yield (label, dtype, (cost of inference, cost of forward and backward), {contestant: (function, its tensors)}).
-
-    The strong peer has the weights of r and g stacked, one product for both, and compiles what follows the products.
-    """
-    sizes, dtypes = [(1024, 256, 256), (2048, 512, 512)], [torch.float32]
-    if device.type == "cuda":
-        sizes, dtypes = [(8192, 256, 256), (8192, 1024, 1024), (8192, 4096, 4096)], [torch.bfloat16, torch.float32]
-    epilogue = torch.compile(lambda rg, q: rg[..., : q.shape[-1]] * rg[..., q.shape[-1] :] + q, dynamic=False)
-
-    def stacked(x, weight_rg, bias_rg, weight_b, bias_b):
-        return epilogue(F.linear(x, weight_rg, bias_rg), F.linear(x * x, weight_b, bias_b))
-
-    for dtype in dtypes:
-        for M, K, N in [(64, 32, 32)] if quick else sizes:
-            x, w_rg, w_b = (torch.randn(rows, K, device=device, dtype=dtype) / K**0.5 for rows in (M, 2 * N, N))
-            b_rg, b_b = torch.randn(2 * N, device=device, dtype=dtype), torch.randn(N, device=device, dtype=dtype)
-            args = (x, w_rg[:N].clone(), b_rg[:N].clone(), w_rg[N:].clone(), b_rg[N:].clone(), w_b, b_b)
-            forward, backward = cost(M, K, N, dtype), cost(M, K, N, dtype, "backward")
-            contestants = {
-                "reference": (quadratic_linear_reference, args),
-                "stacked": (stacked, (x, w_rg, b_rg, w_b, b_b)),
-                "ours": (quadratic_linear, args),
-            }
-            yield f"{M}x{K}->{N}", dtype, (cost(M, K, N, dtype, "inference"), forward + backward), contestants

@@ -22,7 +22,6 @@ sum is added up in a fixed order, and a second kernel quantises: three passes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -31,8 +30,10 @@ from torch import Tensor
 from polylib.kernels._common import (
     check_tensors,
     choose_backend,
+    load,
     on_device,
     round_half_even,
+    store,
     tl,
     triton,
     widened,
@@ -82,12 +83,14 @@ def _level(wide, s, n):
 
 @triton.jit(do_not_specialize=["rows", "n"])
 def _row_kernel(w, y, rows, n, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    # excerpt: begin
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, COLUMNS)[None, :]
     at, ok = row * WIDTH + column, (row < rows) & (column < WIDTH)
-    wide = tl.load(w + at, mask=ok, other=0.0).to(tl.float32)
+    wide = load(w + at, ok)
     s = 2 * (tl.sum(tl.abs(wide), axis=1) / WIDTH)[:, None]
-    tl.store(y + at, _level(wide, s, n).to(y.dtype.element_ty), mask=ok)
+    store(y + at, _level(wide, s, n), ok)
+    # excerpt: end
 
 
 @triton.jit
@@ -101,7 +104,7 @@ def _block_of_row(WIDTH, BLOCK: tl.constexpr):
 @triton.jit
 def _sum_kernel(w, sums, WIDTH, BLOCK: tl.constexpr):
     row, column = _block_of_row(WIDTH, BLOCK)
-    wide = tl.load(w + row * WIDTH + column, mask=column < WIDTH, other=0.0).to(tl.float32)
+    wide = load(w + row * WIDTH + column, column < WIDTH)
     tl.store(sums + tl.program_id(0) + tl.arange(0, 1), tl.sum(tl.abs(wide), axis=1))
 
 
@@ -109,9 +112,9 @@ def _sum_kernel(w, sums, WIDTH, BLOCK: tl.constexpr):
 def _level_kernel(w, scale, y, WIDTH, n, BLOCK: tl.constexpr):
     row, column = _block_of_row(WIDTH, BLOCK)
     at, ok = row * WIDTH + column, column < WIDTH
-    wide = tl.load(w + at, mask=ok, other=0.0).to(tl.float32)
+    wide = load(w + at, ok)
     s = tl.load(scale + row + tl.arange(0, 1))[:, None]
-    tl.store(y + at, _level(wide, s, n).to(y.dtype.element_ty), mask=ok)
+    store(y + at, _level(wide, s, n), ok)
 
 
 # --- registration -----------------------------------------------------------------------------------------------------
@@ -185,7 +188,7 @@ def stats_quantize(w: Tensor, bits: int, *, backend: str = "auto") -> Tensor:
     return _forward(w.reshape(-1, w.shape[-1]), bits).view(w.shape)
 
 
-# --- cost and benchmark -----------------------------------------------------------------------------------------------
+# --- cost -------------------------------------------------------------------------------------------------------------
 
 
 def cost(rows: int, width: int, dtype: torch.dtype, direction: str = "forward") -> Cost:
@@ -199,33 +202,3 @@ def cost(rows: int, width: int, dtype: torch.dtype, direction: str = "forward") 
         raise ValueError(f'direction must be "forward" or "backward", got {direction!r}')
     elements, flops = counts[direction]
     return Cost(elements * dtype.itemsize, flops)
-
-
-def bench_cases(device: torch.device, quick: bool) -> Iterator[tuple]:
-    """Yield (label, dtype, (cost of inference, of forward and backward), {contestant: (function, its tensors)}).
-
-    PyTorch's own fake quantiser takes no statistics, so that as a peer it gets the scale from a reduction before it;
-    its grid is uniform with a zero level.
-    """
-    sizes, dtypes = [(256, 1024), (1024, 1024)], [torch.float32]
-    if device.type == "cuda":
-        sizes, dtypes = [(4096, 4096), (4096, 16384), (256, 65536)], [torch.float32, torch.bfloat16]
-    bits = 4
-
-    def reference(w):
-        return stats_quantize_reference(w, bits)
-
-    def ours(w):
-        return stats_quantize(w, bits)
-
-    def torch_peer(w):
-        steps = (2 * w.detach().abs().mean(-1)).float() / 2 ** (bits - 1)
-        return torch.fake_quantize_per_channel_affine(w, steps, torch.zeros_like(steps).int(), 0, *code_range(bits))
-
-    for dtype in dtypes:
-        for rows, width in [(8, 64)] if quick else sizes:
-            w = torch.randn(rows, width, device=device, dtype=dtype)
-            forward = cost(rows, width, dtype)
-            functions = {"reference": reference, "torch": torch_peer, "ours": ours}
-            contestants = {name: (function, (w,)) for name, function in functions.items()}
-            yield f"{rows}x{width}", dtype, (forward, forward), contestants

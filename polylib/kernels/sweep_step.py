@@ -19,18 +19,27 @@ The factor c clips the gradient of each model, which would otherwise cost a pass
 Nothing is saved and nothing is differentiated: this is the last thing that happens in a step of training. All of the
 work is memory traffic. Adam reads w, g, m, s and writes w, m, s: 28 bytes an entry in float32. PyTorch's operations,
 one after the other, move about three times as much, and `torch.optim.Adam(fused=True)` has one rate a group, so that K
-models need K groups. Entries are taken in the order of memory, so that loads are wide whatever the length of a row; a
-program finds the row of each of its entries by one small division, and the numbers of a row come from the cache.
+models need K groups. A program works on one row, whose rate it reads once. It takes memory in blocks that begin at a
+multiple of 16 entries: those that lie in the row as a whole, all but the first and the last, are read 16 bytes at a
+time whatever the length of a row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
-from polylib.kernels._common import check_shape, check_tensors, choose_backend, on_device, tl, triton, widened
+from polylib.kernels._common import (
+    check_shape,
+    check_tensors,
+    choose_backend,
+    load,
+    on_device,
+    store,
+    tl,
+    triton,
+    widened,
+)
 from polylib.kernels._cost import Cost
 
 # --- the definitions --------------------------------------------------------------------------------------------------
@@ -48,12 +57,13 @@ def sweep_sgd_step_reference(
     """Change parameter, and velocity if there is one, in plain PyTorch. Without `decay` it is 0, without `scale` 1."""
     rate, decay, scale = (_beside(values, parameter) for values in (rate, decay, scale))
     wide, step = widened(parameter), widened(gradient)
-    step = step if scale is None else scale * step
-    step = step if decay is None else step + decay * wide
+    step = step.clone() if scale is None else scale * step
+    if decay is not None:
+        step.addcmul_(decay, wide)
     if velocity is not None:
-        step = widened(velocity).mul_(momentum).add_(step)
+        step.add_(widened(velocity), alpha=momentum)
         velocity.copy_(step)
-    parameter.copy_(wide.sub_(rate * step))
+    parameter.copy_(wide.addcmul_(rate, step, value=-1))
 
 
 def sweep_adam_step_reference(
@@ -73,14 +83,14 @@ def sweep_adam_step_reference(
     rate, decay, scale = (_beside(values, parameter) for values in (rate, decay, scale))
     wide, g = widened(parameter), widened(gradient)
     g = g if scale is None else scale * g
-    m = widened(first).lerp_(g, 1 - beta1)
+    m = widened(first).mul_(beta1).add_(g, alpha=1 - beta1)
     s = widened(second).mul_(beta2).addcmul_(g, g, value=1 - beta2)
     first.copy_(m)
     second.copy_(s)
     if decay is not None:
         wide.mul_(1 - rate * decay)
     root = (s / (1 - beta2**step)).sqrt_().add_(epsilon)
-    parameter.copy_(wide.sub_(rate / (1 - beta1**step) * m / root))
+    parameter.copy_(wide.sub_((m * (rate / (1 - beta1**step))).div_(root)))
 
 
 def _beside(values: Tensor | None, parameter: Tensor) -> Tensor | None:
@@ -94,81 +104,90 @@ _BLOCK = 1024  # entries a program: eight for each thread of four warps
 
 
 @triton.jit
-def _entries(rows, columns, BLOCK: tl.constexpr):
-    """The entries of this program: where they are, which of them exist, and the row of each."""
-    start = tl.program_id(0).to(tl.int64) * BLOCK
-    entry = tl.arange(0, BLOCK)
-    row = start // columns + ((start % columns).to(tl.int32) + entry) // columns
-    inside = start + entry < rows.to(tl.int64) * columns
-    return start + entry, inside, row
+def _block(columns, blocks, BLOCK: tl.constexpr):
+    """This program's row, its entries, and where the row begins and ends."""
+    pid = tl.program_id(0)
+    row = (pid // blocks).to(tl.int64)
+    first = row * columns
+    start = first // 16 * 16 + (pid % blocks).to(tl.int64) * BLOCK
+    end = first + columns
+    return row, start + tl.arange(0, BLOCK), first, end, (start >= first) & (start + BLOCK <= end)
 
 
-@triton.jit(do_not_specialize=["rows", "momentum"])
-def _sgd_kernel(
-    parameter,
-    gradient,
-    velocity,
-    rate,
-    decay,
-    scale,
-    rows,
-    columns,
-    momentum,
-    VELOCITY: tl.constexpr,
-    DECAY: tl.constexpr,
-    SCALE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    at, inside, row = _entries(rows, columns, BLOCK)
-    w = tl.load(parameter + at, mask=inside, other=0.0).to(tl.float32)
-    step = tl.load(gradient + at, mask=inside, other=0.0).to(tl.float32)
-    if SCALE:
-        step *= tl.load(scale + row, mask=inside, other=0.0)
-    if DECAY:
-        step += tl.load(decay + row, mask=inside, other=0.0) * w
-    if VELOCITY:
-        step += momentum * tl.load(velocity + at, mask=inside, other=0.0).to(tl.float32)
-        tl.store(velocity + at, step.to(velocity.dtype.element_ty), mask=inside)
-    w -= tl.load(rate + row, mask=inside, other=0.0) * step
-    tl.store(parameter + at, w.to(parameter.dtype.element_ty), mask=inside)
+# excerpt: begin
+@triton.jit
+def _sgd_block(parameter, gradient, velocity, eta, decay, scale, momentum, at, ok):
+    w, step = load(parameter + at, ok), scale * load(gradient + at, ok)
+    step += decay * w
+    if velocity is not None:
+        step += momentum * load(velocity + at, ok)
+        store(velocity + at, step, ok)
+    store(parameter + at, w - eta * step, ok)
 
 
-@triton.jit(do_not_specialize=["rows", "beta1", "beta2", "epsilon", "correction1", "correction2"])
+# excerpt: end
+
+
+@triton.jit
+def _of_row(values, row, default):
+    """The number of a row, or the default where there are none."""
+    if values is None:
+        number = default
+    else:
+        number = tl.load(values + row)
+    return number
+
+
+@triton.jit(do_not_specialize=["columns", "blocks", "momentum"])
+def _sgd_kernel(parameter, gradient, velocity, rate, decay, scale, columns, blocks, momentum, BLOCK: tl.constexpr):
+    row, at, first, end, full = _block(columns, blocks, BLOCK)
+    eta, decay, scale = tl.load(rate + row), _of_row(decay, row, 0.0), _of_row(scale, row, 1.0)
+    if full:
+        _sgd_block(parameter, gradient, velocity, eta, decay, scale, momentum, at, None)
+    else:
+        _sgd_block(parameter, gradient, velocity, eta, decay, scale, momentum, at, (at >= first) & (at < end))
+
+
+@triton.jit
+def _adam_block(
+    parameter, gradient, first, second, eta, shrink, scale, beta1, rest1, beta2, rest2, epsilon, correction1,
+    correction2, at, ok,
+):  # fmt: skip
+    w, g = load(parameter + at, ok), scale * load(gradient + at, ok)
+    m = beta1 * load(first + at, ok) + rest1 * g
+    s = beta2 * load(second + at, ok) + rest2 * g * g
+    store(first + at, m, ok)
+    store(second + at, s, ok)
+    w = shrink * w - eta / correction1 * m / (tl.sqrt_rn(s / correction2) + epsilon)
+    store(parameter + at, w, ok)
+
+
+_FACTORS = ["beta1", "rest1", "beta2", "rest2", "epsilon", "correction1", "correction2"]
+
+
+@triton.jit(do_not_specialize=["columns", "blocks", *_FACTORS])
 def _adam_kernel(
-    parameter,
-    gradient,
-    first,
-    second,
-    rate,
-    decay,
-    scale,
-    rows,
-    columns,
-    beta1,
-    beta2,
-    epsilon,
-    correction1,
-    correction2,
-    DECAY: tl.constexpr,
-    SCALE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    at, inside, row = _entries(rows, columns, BLOCK)
-    w = tl.load(parameter + at, mask=inside, other=0.0).to(tl.float32)
-    g = tl.load(gradient + at, mask=inside, other=0.0).to(tl.float32)
-    m = tl.load(first + at, mask=inside, other=0.0).to(tl.float32)
-    s = tl.load(second + at, mask=inside, other=0.0).to(tl.float32)
-    eta = tl.load(rate + row, mask=inside, other=0.0)
-    if SCALE:
-        g *= tl.load(scale + row, mask=inside, other=0.0)
-    m += (1 - beta1) * (g - m)
-    s = beta2 * s + (1 - beta2) * g * g
-    tl.store(first + at, m.to(first.dtype.element_ty), mask=inside)
-    tl.store(second + at, s.to(second.dtype.element_ty), mask=inside)
-    if DECAY:
-        w *= 1 - eta * tl.load(decay + row, mask=inside, other=0.0)
-    w -= eta / correction1 * m / (tl.sqrt_rn(s / correction2) + epsilon)
-    tl.store(parameter + at, w.to(parameter.dtype.element_ty), mask=inside)
+    parameter, gradient, first, second, rate, decay, scale, columns, blocks, beta1, rest1, beta2, rest2, epsilon,
+    correction1, correction2, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row, at, begin, end, full = _block(columns, blocks, BLOCK)
+    eta, scale = tl.load(rate + row), _of_row(scale, row, 1.0)
+    shrink = 1 - eta * _of_row(decay, row, 0.0)
+    if full:
+        _adam_block(
+            parameter, gradient, first, second, eta, shrink, scale, beta1, rest1, beta2, rest2, epsilon, correction1,
+            correction2, at, None,
+        )  # fmt: skip
+    else:
+        _adam_block(
+            parameter, gradient, first, second, eta, shrink, scale, beta1, rest1, beta2, rest2, epsilon, correction1,
+            correction2, at, (at >= begin) & (at < end),
+        )  # fmt: skip
+
+
+def _blocks(columns: int) -> int:
+    """The number of blocks that cover a row, which may begin up to 15 entries after its first block."""
+    return triton.cdiv(columns + (15 if columns % 16 else 0), _BLOCK)
 
 
 # --- registration -----------------------------------------------------------------------------------------------------
@@ -186,13 +205,12 @@ def _sgd(
 ) -> None:
     """Change contiguous parameter and velocity (K, ...); rate, decay and scale are float32 (K,), contiguous."""
     if parameter.numel() > 0:
-        rows, columns = len(parameter), parameter[0].numel()
-        options = {"VELOCITY": velocity is not None, "DECAY": decay is not None, "SCALE": scale is not None}
+        columns = parameter[0].numel()
+        blocks = _blocks(columns)
         with on_device(parameter):
-            _sgd_kernel[(triton.cdiv(parameter.numel(), _BLOCK),)](
-                parameter, gradient.contiguous(), velocity, rate, decay, scale, rows, columns, momentum,
-                BLOCK=_BLOCK, **options,
-            )  # fmt: skip
+            _sgd_kernel[(len(parameter) * blocks,)](
+                parameter, gradient.contiguous(), velocity, rate, decay, scale, columns, blocks, momentum, BLOCK=_BLOCK
+            )
 
 
 @torch.library.custom_op("polylib::sweep_adam_step", mutates_args=("parameter", "first", "second"))
@@ -211,12 +229,14 @@ def _adam(
 ) -> None:
     """Change contiguous parameter, first and second (K, ...); rate, decay and scale are float32 (K,), contiguous."""
     if parameter.numel() > 0:
-        rows, columns = len(parameter), parameter[0].numel()
+        columns = parameter[0].numel()
+        blocks = _blocks(columns)
+        # One minus beta is computed here: in float32, 1 - 0.999 is off by 5e-5 of itself.
+        factors = (beta1, 1 - beta1, beta2, 1 - beta2, epsilon, 1 - beta1**step, 1 - beta2**step)
         with on_device(parameter):
-            _adam_kernel[(triton.cdiv(parameter.numel(), _BLOCK),)](
-                parameter, gradient.contiguous(), first, second, rate, decay, scale, rows, columns,
-                beta1, beta2, epsilon, 1 - beta1**step, 1 - beta2**step,
-                DECAY=decay is not None, SCALE=scale is not None, BLOCK=_BLOCK,
+            _adam_kernel[(len(parameter) * blocks,)](
+                parameter, gradient.contiguous(), first, second, rate, decay, scale, columns, blocks, *factors,
+                BLOCK=_BLOCK,
             )  # fmt: skip
 
 
@@ -356,7 +376,7 @@ def _check_fraction(name: str, value: float) -> None:
         raise ValueError(f"{name} must be from 0 to below 1, got {value}")
 
 
-# --- cost and benchmark -----------------------------------------------------------------------------------------------
+# --- cost -------------------------------------------------------------------------------------------------------------
 
 
 def cost(rows: int, columns: int, dtype: torch.dtype, optimizer: str = "adam") -> Cost:
@@ -370,71 +390,3 @@ def cost(rows: int, columns: int, dtype: torch.dtype, optimizer: str = "adam") -
         raise ValueError(f'optimizer must be "sgd", "momentum" or "adam", got {optimizer!r}')
     own, state, flops = passes[optimizer]
     return Cost(rows * columns * (own * dtype.itemsize + 4 * state) + 4 * rows, rows * columns * flops)
-
-
-def bench_cases(device: torch.device, quick: bool) -> Iterator[tuple]:
-    """Yield (label, dtype, (cost of inference, None: no gradient), {contestant: (function, its tensors)})."""
-    sizes, dtypes = [(16, 2**14), (64, 2**16)], [torch.float32]
-    if device.type == "cuda":
-        sizes, dtypes = [(16, 2**20), (128, 2**18), (512, 2**16)], [torch.float32, torch.bfloat16]
-    for dtype in dtypes:
-        for rows, columns in [(3, 50)] if quick else sizes:
-            w, g = (torch.randn(rows, columns, device=device).to(dtype) for _ in range(2))
-            m, s = (torch.zeros(rows, columns, device=device) for _ in range(2))
-            rate = torch.logspace(-6, -4, rows, device=device)
-            label = f"{rows}x{columns}"
-            both = {"reference": _sgd_reference_for_bench, "ours": _sgd_for_bench}
-            yield (
-                f"momentum {label}",
-                dtype,
-                (cost(rows, columns, dtype, "momentum"), None),
-                {
-                    **{who: (step, (w.clone(), g, m.clone(), rate)) for who, step in both.items()},
-                    "K fused": (_fused(torch.optim.SGD, w, g, rate, momentum=0.9), ()),
-                },
-            )
-            both = {"reference": _adam_reference_for_bench, "ours": _adam_for_bench}
-            yield (
-                f"adam {label}",
-                dtype,
-                (cost(rows, columns, dtype, "adam"), None),
-                {
-                    **{who: (step, (w.clone(), g, m.clone(), s.clone(), rate)) for who, step in both.items()},
-                    "K fused": (_fused(torch.optim.AdamW, w, g, rate, weight_decay=0.0), ()),
-                },
-            )
-
-
-def _sgd_reference_for_bench(w: Tensor, g: Tensor, velocity: Tensor, rate: Tensor) -> Tensor:
-    sweep_sgd_step_reference(w, g, velocity, rate, None, None, 0.9)
-    return w
-
-
-def _sgd_for_bench(w: Tensor, g: Tensor, velocity: Tensor, rate: Tensor) -> Tensor:
-    sweep_sgd_step(w, g, rate, velocity=velocity, momentum=0.9)
-    return w
-
-
-def _adam_reference_for_bench(w: Tensor, g: Tensor, first: Tensor, second: Tensor, rate: Tensor) -> Tensor:
-    sweep_adam_step_reference(w, g, first, second, rate, None, None, 10, 0.9, 0.999, 1e-8)
-    return w
-
-
-def _adam_for_bench(w: Tensor, g: Tensor, first: Tensor, second: Tensor, rate: Tensor) -> Tensor:
-    sweep_adam_step(w, g, first, second, rate, step=10)
-    return w
-
-
-def _fused(optimizer: type, w: Tensor, g: Tensor, rate: Tensor, **options: float):
-    """Return a step of a fused torch optimizer with one parameter group a row."""
-    rows = [torch.nn.Parameter(row.clone()) for row in w]
-    for row, gradient in zip(rows, g, strict=True):
-        row.grad = gradient.clone()
-    groups = [{"params": [row], "lr": float(r)} for row, r in zip(rows, rate, strict=True)]
-    fused = optimizer(groups, lr=0.0, fused=True, **options)
-
-    def step() -> Tensor:
-        fused.step()
-        return rows[0]
-
-    return step

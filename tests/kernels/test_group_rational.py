@@ -1,16 +1,12 @@
 """group_rational: the Triton path against the definition in float64, its registration, its checks, its cost."""
 
 import json
-import subprocess
-import sys
 from functools import partial
 from importlib import import_module
-from pathlib import Path
 
 import pytest
 import torch
 
-import polylib
 from polylib.kernels import group_rational, group_rational_reference
 
 NAMES = ("x", "numerator", "denominator")
@@ -352,35 +348,8 @@ def test_bad_backend(device):
         triton_op(*make(4, dtype=torch.float64, device=device), 2)
 
 
-LAUNCHES = """
-import torch
-import polylib.kernels
-for width in (24, 384, 5):
-    for variant_b in (False, True):
-        x = torch.zeros(64, 8 * width, dtype=torch.{})
-        a, b = torch.zeros(1, 6), torch.zeros(8, 4)
-        torch.ops.polylib.group_rational(x, a, b, 8, variant_b)
-        for needs in ((True, True), (True, False), (False, True)):
-            torch.ops.polylib.group_rational_backward(x, x, a, b, 8, variant_b, *needs)
-"""
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_compiles_for_a_gpu(dtype, tmp_path):
-    pytest.importorskip("triton")
-    script = Path(__file__).with_name("compile_for_gpu.py")
-    here = Path(polylib.__file__).parents[1]
-    result = subprocess.run(
-        [sys.executable, script, LAUNCHES.format(dtype), "90"],
-        env={"TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(here)},
-        capture_output=True,
-        text=True,
-    )
-    assert len(result.stdout.split()) == 2, result.stderr  # forward, backward
-
-
 def test_bench(tmp_path, capsys, monkeypatch):
-    from polylib.kernels import bench
+    from benchmarks import run as bench
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # seconds instead of half a minute
     bench.main(["group_rational", "--quick", "--json", str(tmp_path / "bench.json")])

@@ -259,23 +259,9 @@ def test_n_of_one_is_the_linear_layer(device):
     torch.testing.assert_close(triton_op(x, A, S, bias), F.linear(x, A[0] * S[0], bias), rtol=1e-5, atol=1e-5)
 
 
-LAUNCHES = """
-import torch
-import polylib.kernels
-torch.set_float32_matmul_precision("high")
-for rows, n, dtype in ((1, 4, torch.bfloat16), (32, 8, torch.bfloat16), (8, 3, torch.float32)):
-    x, A, S, b = (torch.zeros(shape, dtype=dtype) for shape in ((rows, n * 96), (n, n, n), (n, 80, 96), (n * 80,)))
-    torch.ops.polylib.phm_linear(x, A, S, b)
-"""
-
-
-def test_compiles_for_a_gpu(compile_for_gpu):
-    assert compile_for_gpu(LAUNCHES) == ["_product_kernel", "_sum_kernel"]
-
-
 def test_bench_cases_run():
-    op_file = import_module("polylib.kernels.phm_linear")
-    for _, dtype, costs, contestants in op_file.bench_cases(torch.device("cpu"), quick=True):
+    op_file = import_module("benchmarks.ops.phm_linear")
+    for _, dtype, costs, contestants in op_file.cases(torch.device("cpu"), quick=True):
         results = [function(*tensors) for function, tensors in contestants.values()]
         for result in results:
             torch.testing.assert_close(result, results[0], rtol=1e-4, atol=1e-4)

@@ -250,22 +250,8 @@ def test_bad_arguments_of_adam(changed, error, message):
         sweep_adam_step(**GOOD | STATE | changed)
 
 
-LAUNCHES = """
-import torch
-import polylib.kernels
-w, state, row = torch.zeros(32, 100, dtype=torch.bfloat16), torch.zeros(32, 100), torch.zeros(32)
-torch.ops.polylib.sweep_sgd_step(w, w, state, row, row, row, 0.9)
-torch.ops.polylib.sweep_sgd_step(w, w, None, row, None, None, 0.0)
-torch.ops.polylib.sweep_adam_step(w, w, state, state, row, row, row, 3, 0.9, 0.99, 1e-8)
-"""
-
-
-def test_compiles_for_a_gpu(compile_for_gpu):
-    assert compile_for_gpu(LAUNCHES) == ["_adam_kernel", "_sgd_kernel"]
-
-
 def test_bench_cases_run():
-    for _, _, costs, contestants in import_module("polylib.kernels.sweep_step").bench_cases(torch.device("cpu"), True):
+    for _, _, costs, contestants in import_module("benchmarks.ops.sweep_step").cases(torch.device("cpu"), True):
         after = {}
         for who, (function, tensors) in contestants.items():
             result = function(*tensors)

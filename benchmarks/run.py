@@ -1,8 +1,13 @@
-"""Time the ops against their peers: `python -m polylib.kernels.bench [op ...] [--json FILE] [--quick]`.
+"""Time the ops against their peers: `python -m benchmarks.run [op ...] [--json FILE] [--quick]`.
 
 For every op and size: the reference in eager PyTorch ("reference"), the reference under `torch.compile` ("compiled"),
-the peers that the op file names, and the public function as a user calls it ("ours"), in inference and in forward plus
-backward. On a CPU "ours" is the CPU path. A new op needs no entry here, only a function `bench_cases` in its file.
+the peers that `ops/<op>.py` names, and the public function as a user calls it ("ours"), in inference and in forward
+plus backward. On a CPU "ours" is the CPU path. A new op needs no entry here, only a file with a function `cases`:
+
+    cases(device, quick) yields (label, dtype, (cost of inference, cost of forward and backward),
+                                 {contestant: (function, its tensors)})
+
+On a GPU the kernels are checked first, each against its definition in float64; an op that fails is not timed.
 
 Times are medians. GB/s, TFLOP/s and the share of the ceiling use the least bytes and flops of the op's `cost`, and the
 bandwidth and matrix-product rate measured on this machine first; "vs best" is the best peer's time over ours.
@@ -18,6 +23,7 @@ import os
 import pkgutil
 import platform
 import statistics
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
@@ -25,15 +31,23 @@ from pathlib import Path
 
 import torch
 
-import polylib.kernels
+import benchmarks.ops
 from polylib.kernels._common import HAS_TRITON
 from polylib.kernels._cost import Cost
 
 
 def op_names() -> list[str]:
     """Return the names of the op files."""
-    names = (module.name for module in pkgutil.iter_modules(polylib.kernels.__path__))
-    return sorted(name for name in names if not name.startswith("_") and name != "bench")
+    return sorted(module.name for module in pkgutil.iter_modules(benchmarks.ops.__path__))
+
+
+def is_right(op: str) -> bool:
+    """Run the tests of an op on this device, and tell whether they pass."""
+    test = Path(__file__).parents[1] / "tests" / "kernels" / f"test_{op}.py"
+    result = subprocess.run([sys.executable, "-m", "pytest", "-q", test], cwd=test.parents[2])
+    if result.returncode:
+        print(f"{op}: the tests fail on this device; it is not timed", file=sys.stderr)
+    return result.returncode == 0
 
 
 def measure(function: Callable[[], object], device: torch.device, seconds: float) -> float:
@@ -82,9 +96,7 @@ def contestant(function: Callable, tensors: tuple, training: bool) -> Callable[[
 def bench(ops: Iterable[str], device: torch.device, quick: bool) -> tuple[list[dict], dict[str, dict[str, float]]]:
     """Return one row for every op, size, direction and contestant, and the measured ceiling of every dtype."""
     rows, ceilings = [], {}
-    jobs = [
-        (op, case) for op in ops for case in importlib.import_module(f"polylib.kernels.{op}").bench_cases(device, quick)
-    ]
+    jobs = [(op, case) for op in ops for case in importlib.import_module(f"benchmarks.ops.{op}").cases(device, quick)]
     # A case without a cost of training has no gradient to time.
     both = [(job, training) for job in jobs for training in (False, True) if job[1][2][training] is not None]
     for (op, case), training in progress(both):
@@ -180,9 +192,7 @@ def save(path: Path, record: dict) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m polylib.kernels.bench", description="Time the ops and their peers."
-    )
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description="Time the ops and their peers.")
     parser.add_argument("ops", nargs="*", metavar="op", help=f"all by default: {', '.join(op_names())}")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep the rows with device, versions and date")
     parser.add_argument("--quick", action="store_true", help="tiny sizes and short runs, to see that it works")
@@ -191,7 +201,10 @@ def main(arguments: list[str] | None = None) -> None:
     if unknown:
         parser.error(f"unknown op {', '.join(unknown)}; the ops are {', '.join(op_names())}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rows, ceilings = bench(args.ops or op_names(), device, args.quick)
+    ops = args.ops or op_names()
+    if device.type == "cuda":
+        ops = [op for op in ops if is_right(op)]
+    rows, ceilings = bench(ops, device, args.quick)
     print(table(rows))
     if args.json:
         versions = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}

@@ -1,0 +1,282 @@
+"""Random shapes, dtypes, strides and values: the reference against float64, and the Triton path against the reference.
+
+`POLYLIB_FUZZ` is the number of examples of each test against float64 (4 by default); the Triton path, which is slow in
+the interpreter, gets a twentieth, and 2 at least.
+"""
+
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import polylib.kernels as kernels
+from polylib.kernels.phm_linear import phm_linear_factored
+
+EXAMPLES = int(os.environ.get("POLYLIB_FUZZ", "4"))
+COMMON = dict(deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+REFERENCE = settings(max_examples=EXAMPLES, **COMMON)
+TRITON = settings(max_examples=max(2, EXAMPLES // 20), **COMMON)
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Of a result, relative to the largest entry that it could have: roundings of the arithmetic, and of the result.
+ROUNDING = {torch.float64: 2**-40, torch.float32: 2**-18, torch.float16: 2**-9, torch.bfloat16: 2**-6}
+
+
+@st.composite
+def tensors(draw, *shape: int, dtype: torch.dtype, low: float = -3.0, high: float = 3.0) -> torch.Tensor:
+    """A tensor of random values, some of them zeros, with random strides."""
+    seed = draw(st.integers(0, 2**32 - 1))
+    gen = torch.Generator().manual_seed(seed)
+    x = torch.rand(shape, generator=gen, dtype=torch.float64) * (high - low) + low
+    x = torch.where(torch.rand(shape, generator=gen) < 0.1, 0.0, x).to(dtype)
+    way = draw(st.sampled_from(["contiguous", "sliced", "transposed"]))
+    if way == "sliced" and x.dim():
+        wide = torch.zeros(*shape[:-1], 2 * shape[-1] + 1, dtype=dtype)
+        wide[..., 1::2] = x
+        return wide[..., 1::2]
+    return x.mT.contiguous().mT if way == "transposed" and x.dim() >= 2 else x
+
+
+def steps(low: float = 0.05, high: float = 1.0):
+    return st.floats(low, high, width=32)
+
+
+sizes = st.integers(1, 40)
+dtypes = st.sampled_from(DTYPES)
+
+
+@st.composite
+def poly_relu(draw):
+    dtype = draw(dtypes)
+    x = draw(tensors(draw(sizes), draw(sizes), dtype=dtype))
+    return kernels.poly_relu, [x, draw(tensors(3, dtype=dtype)), draw(tensors(1, dtype=dtype))], {}
+
+
+@st.composite
+def poly_norm(draw):
+    dtype = draw(dtypes)
+    x = draw(tensors(draw(sizes), draw(sizes), dtype=dtype)) * draw(st.sampled_from([1.0, 100.0]))
+    return kernels.poly_norm, [x, draw(tensors(3, dtype=dtype)), draw(tensors(1, dtype=dtype))], {}
+
+
+@st.composite
+def group_rational(draw):
+    dtype, groups = draw(dtypes), draw(st.integers(1, 4))
+    x = draw(tensors(draw(sizes), groups * draw(st.integers(1, 12)), dtype=dtype))
+    shared = 1 if draw(st.booleans()) else groups
+    coefficients = [draw(tensors(shared, order, dtype=torch.float32)) for order in (6, 4)]
+    return kernels.group_rational, [x, *coefficients], {"groups": groups, "variant": draw(st.sampled_from("AB"))}
+
+
+@st.composite
+def evonorm_s0(draw):
+    dtype, groups = draw(dtypes), draw(st.integers(1, 4))
+    channels = groups * draw(st.integers(1, 5))
+    shape = (draw(st.integers(1, 3)), channels, draw(st.integers(2, 7)), draw(st.integers(2, 7)))
+    x = draw(tensors(*shape, dtype=dtype))
+    if draw(st.booleans()):
+        x = x.contiguous(memory_format=torch.channels_last)
+    return kernels.evonorm_s0, [x, *(draw(tensors(channels, dtype=dtype)) for _ in range(3))], {"groups": groups}
+
+
+@st.composite
+def phm_linear(draw):
+    dtype, n = draw(dtypes), draw(st.integers(1, 8))
+    o, i = draw(st.integers(1, 9)), draw(st.integers(1, 9))
+    x, A = draw(tensors(draw(st.integers(1, 32)), n * i, dtype=dtype)), draw(tensors(n, n, n, dtype=dtype))
+    return kernels.phm_linear, [x, A, draw(tensors(n, o, i, dtype=dtype)), draw(tensors(n * o, dtype=dtype))], {}
+
+
+@st.composite
+def quadratic_linear(draw):
+    dtype, K, N = draw(dtypes), draw(sizes), draw(sizes)
+    parameters = [draw(tensors(*shape, dtype=dtype)) for shape in ((N, K), (N,)) * 3]
+    return kernels.quadratic_linear, [draw(tensors(draw(sizes), K, dtype=dtype)), *parameters], {}
+
+
+def scale_of(tensor: torch.Tensor) -> float:
+    return max(tensor.abs().max().item(), 1.0) if tensor.numel() else 1.0
+
+
+def gradients(function, args, options):
+    args = [t.detach().requires_grad_() for t in args]
+    y = function(*args, **options)
+    return [y.detach(), *torch.autograd.grad(y, args, torch.ones_like(y))]
+
+
+def magnitude(args: list[torch.Tensor], expected: torch.Tensor) -> float:
+    """What the roundings of a result are relative to: sums may cancel, so the terms count, and not the sum."""
+    size = max(t.numel() for t in args)
+    return scale_of(expected) * max(1.0, size**0.5)
+
+
+def compare(actual, expected, args, dtype) -> None:
+    for a, e in zip(actual, expected, strict=True):
+        assert a.shape == e.shape
+        worst = (a.double() - e.double()).abs().max().item() if a.numel() else 0.0
+        assert worst <= ROUNDING[dtype] * magnitude(args, e.double()), (worst, scale_of(e.double()), a.shape)
+
+
+SMOOTH = [poly_relu, poly_norm, group_rational, evonorm_s0, phm_linear, quadratic_linear]
+
+
+@pytest.mark.parametrize("case", SMOOTH, ids=lambda f: f.__name__)
+def test_reference_equals_float64(case):
+    @REFERENCE
+    @given(case())
+    def check(drawn):
+        function, args, options = drawn
+        expected = gradients(function, [t.double() for t in args], options)
+        compare(gradients(function, args, options | {"backend": "reference"}), expected, args, args[0].dtype)
+
+    check()
+
+
+@pytest.mark.parametrize("case", SMOOTH, ids=lambda f: f.__name__)
+def test_triton_equals_the_reference(case, device):
+    @TRITON
+    @given(case())
+    def check(drawn):
+        function, args, options = drawn
+        expected = gradients(function, [t.double() for t in args], options)
+        compare(gradients(function, args, options | {"backend": "triton"}), expected, args, args[0].dtype)
+
+    check()
+
+
+def away_from_borders(draw, dtype: torch.dtype, codes: int, step: float, *shape: int) -> torch.Tensor:
+    """Values whose codes are sure: whole numbers of steps, and up to a third of one more or less."""
+    whole = draw(tensors(*shape, dtype=torch.float64, low=-codes, high=codes)).round()
+    return ((whole + draw(tensors(*shape, dtype=torch.float64, low=-0.3, high=0.3))) * step).to(dtype)
+
+
+@st.composite
+def fake_quantize(draw):
+    dtype, bits, axis = draw(dtypes), draw(st.integers(2, 6)), draw(st.sampled_from([None, 0, 1, 2]))
+    shape = [draw(st.integers(1, 12)) for _ in range(3)]
+    step = 2.0 ** draw(st.integers(-4, 2))
+    x = away_from_borders(draw, dtype, 2**bits, step, *shape)
+    scale = torch.full((1 if axis is None else shape[axis],), step)
+    options = {"bits": bits, "axis": axis, "signed": draw(st.booleans()), "clip": draw(st.booleans())}
+    if draw(st.booleans()):
+        options["zero_point"] = torch.full_like(scale, draw(st.integers(-3, 3)))
+    return x, scale, options
+
+
+def quantized(x, scale, options, backend):
+    x, scale = x.detach().requires_grad_(), scale.detach().requires_grad_()
+    y = kernels.fake_quantize(x, scale, **options, backend=backend)
+    return [y.detach(), *torch.autograd.grad(y, (x, scale), torch.ones_like(y))]
+
+
+def exactly(x, scale, options):
+    """The definition, by numpy's rounding, in float64."""
+    axis, signed, bits = options["axis"], options["signed"], options["bits"]
+    shape = [1] * 3
+    if axis is not None:
+        shape[axis] = -1
+    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+    v, s = x.double() / scale.double().view(shape), scale.double().view(shape)
+    z = options.get("zero_point", torch.zeros_like(scale)).double().view(shape)
+    code = torch.from_numpy(v.numpy().round()).clamp(low - z, high - z)
+    inside = (v >= low - z) & (v <= high - z)
+    grad_x = inside.double() if options["clip"] else torch.ones_like(v)
+    return [code * s, grad_x, torch.where(inside, code - v, code).sum_to_size(s.shape).view(scale.shape)]
+
+
+def check_quantized(drawn, backend):
+    x, scale, options = drawn
+    compare(quantized(x, scale, options, backend), exactly(x, scale, options), [x], x.dtype)
+
+
+@REFERENCE
+@given(fake_quantize())
+def test_fake_quantize_reference(drawn):
+    check_quantized(drawn, "reference")
+
+
+@TRITON
+@given(fake_quantize())
+def test_fake_quantize_triton(device, drawn):
+    check_quantized(drawn, "triton")
+
+
+@st.composite
+def stats_rows(draw):
+    return draw(tensors(draw(sizes), draw(sizes), dtype=torch.float32)), draw(st.integers(1, 6))
+
+
+def check_levels(drawn, backend):
+    """Each result is a level of its row, and no other level is nearer by more than rounding."""
+    w, bits = drawn
+    y, n = kernels.stats_quantize(w, bits, backend=backend).double(), 2 ** (bits - 1)
+    scale = 2 * w.double().abs().mean(-1, keepdim=True)
+    levels = scale.unsqueeze(-1) * ((torch.arange(-n, n) + 0.5) / n)
+    nearest = (levels - w.double().unsqueeze(-1)).abs().min(-1).values
+    assert ((y - w.double()).abs() <= nearest + 1e-5 * (1 + scale)).all()
+    assert ((levels - y.unsqueeze(-1)).abs().min(-1).values <= 1e-5 * (1 + scale)).all()
+
+
+@REFERENCE
+@given(stats_rows())
+def test_stats_quantize_reference(drawn):
+    check_levels(drawn, "reference")
+
+
+@TRITON
+@given(stats_rows())
+def test_stats_quantize_triton(device, drawn):
+    check_levels(drawn, "triton")
+
+
+@st.composite
+def optimizer_steps(draw):
+    dtype, rows, columns = draw(dtypes), draw(st.integers(1, 5)), draw(st.integers(1, 60))
+    w, g = (draw(tensors(rows, columns, dtype=dtype)).contiguous() for _ in range(2))
+    m = draw(tensors(rows, columns, dtype=torch.float32)).contiguous()
+    s = draw(tensors(rows, columns, dtype=torch.float32, low=0.5)).contiguous().abs() + 0.1
+    rate, decay, scale = (draw(tensors(rows, dtype=torch.float32, low=0.0, high=0.5)).contiguous() for _ in range(3))
+    optional = {name: value for name, value in (("decay", decay), ("scale", scale)) if draw(st.booleans())}
+    return [w, g, m, s], rate, optional, draw(st.integers(1, 1000)), draw(st.sampled_from([0.0, 0.9]))
+
+
+def after(drawn, kind, backend, dtype=None):
+    state, rate, optional, number, momentum = drawn
+    w, g, m, s = (t.clone() if dtype is None else t.to(dtype, copy=True) for t in state)
+    if kind == "sgd":
+        kernels.sweep_sgd_step(w, g, rate, velocity=m, momentum=momentum, backend=backend, **optional)
+        return [w, m]
+    kernels.sweep_adam_step(w, g, m, s, rate, step=number, betas=(momentum, 0.99), backend=backend, **optional)
+    return [w, m, s]
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adam"])
+def test_sweep_step_reference(kind):
+    @REFERENCE
+    @given(optimizer_steps())
+    def check(drawn):
+        state = drawn[0]
+        compare(after(drawn, kind, "reference"), after(drawn, kind, "reference", torch.float64), state, state[0].dtype)
+
+    check()
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adam"])
+def test_sweep_step_triton(kind, device):
+    @TRITON
+    @given(optimizer_steps())
+    def check(drawn):
+        state = drawn[0]
+        compare(after(drawn, kind, "triton"), after(drawn, kind, "reference", torch.float64), state, state[0].dtype)
+
+    check()
+
+
+@REFERENCE
+@given(phm_linear())
+def test_factored_product_equals_the_built_weight(drawn):
+    _, args, _ = drawn
+    expected = [kernels.phm_linear_reference(*(t.double() for t in args))]
+    compare([phm_linear_factored(*args)], expected, args, args[0].dtype)

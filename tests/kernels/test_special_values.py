@@ -1,0 +1,131 @@
+"""Where a result is infinite or not a number, it is so in the Triton path and in the reference alike, in all nine ops.
+
+Each of these values is put into each input in turn; whatever is finite is compared elsewhere. Not covered: infinities,
+or values near the largest float32, in matrix products and in the parameters of poly_norm, group_rational and
+evonorm_s0. There the order of terms decides between an infinity and what is not a number.
+"""
+
+import pytest
+import torch
+
+from polylib import kernels
+from polylib.kernels.phm_linear import phm_linear_factored
+
+FINITE = [0.0, -0.0, -2.5, 1e-40, -1e-42, 1e-38, 1e4, 1e10, 1e20, -1e30]
+VALUES = [*FINITE, 3e38, float("inf"), float("-inf"), float("nan")]
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, from the interpreter
+
+
+def kind(t):
+    """0 for finite, 1 and 2 for the infinities, 3 for what is not a number."""
+    return torch.where(t.isnan(), 3, torch.where(t == torch.inf, 1, torch.where(t == -torch.inf, 2, 0)))
+
+
+def gradients(function, inputs, backend):
+    inputs = [t.detach().requires_grad_() for t in inputs]
+    y = function(*inputs, backend=backend)
+    return [y.detach(), *torch.autograd.grad(y, inputs, torch.ones_like(y))]
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def rational(variant):
+    return lambda x, a, b, backend: kernels.group_rational(x, a, b, 2, variant, backend=backend)
+
+
+def quantize(x, scale, backend):
+    return kernels.fake_quantize(x, scale, 4, axis=0, backend=backend)
+
+
+def evonorm(x, weight, bias, v, backend):
+    return kernels.evonorm_s0(x, weight, bias, v, 4, backend=backend)
+
+
+IMAGES = random(2, 8, 3, 3)
+LASTS = IMAGES.contiguous(memory_format=torch.channels_last)
+PARAMETERS = [random(8, seed=seed) for seed in (1, 2, 3)]
+CASES = {
+    "poly_relu": (kernels.poly_relu, [random(4, 8), random(3, seed=1), random(1, seed=2)]),
+    "poly_norm": (kernels.poly_norm, [random(4, 8), random(3, seed=1), random(1, seed=2)]),
+    "group_rational A": (rational("A"), [random(4, 8), random(2, 6, seed=1), random(2, 4, seed=2)]),
+    "group_rational B": (rational("B"), [random(4, 8), random(2, 6, seed=1), random(2, 4, seed=2)]),
+    "fake_quantize": (quantize, [random(4, 8), torch.tensor([0.3, 0.2, 0.7, 1.0])]),
+    "evonorm_s0": (evonorm, [IMAGES, *PARAMETERS]),
+    "evonorm_s0 channels_last": (evonorm, [LASTS, *PARAMETERS]),
+    "stats_quantize": (lambda w, backend: kernels.stats_quantize(w, 3, backend=backend), [random(3, 8)]),
+}
+
+
+def differences(function, inputs):
+    """The numbers of the results, y first and then each gradient, that are not finite in different places."""
+    both = [gradients(function, inputs, backend) for backend in ("triton", "reference")]
+    return [number for number, (a, b) in enumerate(zip(*both, strict=True)) if not torch.equal(kind(a), kind(b))]
+
+
+def with_value(inputs, position, value):
+    inputs = [t.clone() for t in inputs]
+    t = inputs[position]
+    where = (1, 3, 1, 1) if t.dim() == 4 else tuple(size // 2 for size in t.shape)
+    t[where] = value
+    return inputs
+
+
+@pytest.mark.parametrize("value", VALUES)
+@pytest.mark.parametrize("name", CASES)
+def test_in_the_input(name, value, device):
+    function, inputs = CASES[name]
+    assert differences(function, with_value(inputs, 0, value)) == []
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if len(CASES[name][1]) > 1])
+def test_in_the_parameters(name, device):
+    function, inputs = CASES[name]
+    values = VALUES if name in ("poly_relu", "fake_quantize") else [*FINITE, float("nan")]
+    for position in range(1, len(inputs)):
+        for value in values:
+            value = abs(value) if name == "fake_quantize" else value
+            assert differences(function, with_value(inputs, position, value)) == [], (position, value)
+
+
+@pytest.mark.parametrize("position", range(5))
+def test_quadratic_linear(position, device):
+    inputs = [random(3, 5), random(4, 5, seed=1), random(4, seed=2), random(4, 5, seed=3), random(4, 5, seed=4)]
+
+    def function(x, w_r, b_r, w_g, w_b, backend):
+        return kernels.quadratic_linear(x, w_r, b_r, w_g, None, w_b, None, backend=backend)
+
+    for value in [*FINITE[:8], float("nan")]:
+        assert differences(function, with_value(inputs, position, value)) == [], value
+
+
+@pytest.mark.parametrize("position", range(3))
+def test_phm_linear_and_the_factored_product(position, device):
+    inputs = [random(3, 8), random(4, 4, 4, seed=1), random(4, 2, 2, seed=2)]
+    for value in [*FINITE, float("nan")]:
+        with torch.no_grad():
+            changed = with_value(inputs, position, value)
+            results = [kernels.phm_linear(*changed, backend="triton"), phm_linear_factored(*changed)]
+        assert torch.equal(*map(kind, results)), value
+
+
+@pytest.mark.parametrize("position", range(4))
+@pytest.mark.parametrize("kind_of_step", ["sgd", "adam"])
+def test_sweep_step(kind_of_step, position, device):
+    def step(state, backend):
+        w, g, m, s = (t.clone() for t in state)
+        rate, decay = torch.tensor([0.1, 0.2]), torch.tensor([0.1, 0.0])
+        if kind_of_step == "sgd":
+            kernels.sweep_sgd_step(w, g, rate, velocity=m, momentum=0.9, decay=decay, backend=backend)
+        else:
+            kernels.sweep_adam_step(w, g, m, s, rate, step=3, decay=decay, backend=backend)
+        return torch.stack([w, m, s])
+
+    for value in VALUES:
+        state = with_value(
+            [random(2, 5), random(2, 5, seed=1), random(2, 5, seed=2), torch.ones(2, 5)], position, value
+        )
+        results = [step(state, backend) for backend in ("triton", "reference")]
+        assert torch.equal(*map(kind, results)), value

@@ -1,0 +1,114 @@
+"""The definitions under torch.func: forward mode, vmap and second derivatives, as chapters take them of layers."""
+
+import pytest
+import torch
+from torch.func import grad, jacfwd, jacrev, jvp, vmap
+
+from polylib import kernels
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def squares(function):
+    return lambda *tensors: function(*tensors).square().sum()
+
+
+def quantize(x, scale):
+    return kernels.fake_quantize(x, scale, 3, axis=0)
+
+
+def quantize_shifted(x, scale):
+    return kernels.fake_quantize(x, scale, 3, axis=0, signed=False, zero_point=torch.full_like(scale.detach(), 2.0))
+
+
+def signs(x, scale):
+    return kernels.fake_quantize(x, scale, 1, axis=0, clip=False)
+
+
+# Codes away from the borders between them, some beyond the last level.
+QUANTIZED = [0.5 * torch.tensor([[0.3, -0.7, 1.2], [2.3, -6.4, 0.2]]).double(), torch.tensor([0.5, 0.5]).double()]
+POLYNOMIAL = [normal(2, 4), normal(3, seed=1), normal(1, seed=2)]
+IMAGES = [normal(2, 4, 2, 2), *(normal(4, seed=seed) for seed in (1, 2, 3))]
+SMOOTH = {
+    "poly_relu": (kernels.poly_relu, POLYNOMIAL),
+    "poly_norm": (kernels.poly_norm, POLYNOMIAL),
+    "group_rational": (
+        lambda x, a, b: kernels.group_rational(x, a, b, 2), [normal(2, 4), normal(2, 6, seed=1), normal(2, 4, seed=2)]
+    ),
+    "evonorm_s0": (lambda *tensors: kernels.evonorm_s0(*tensors, 2), IMAGES),
+    "phm_linear": (kernels.phm_linear, [normal(2, 4), normal(2, 2, 2, seed=1), normal(2, 2, 2, seed=2)]),
+}  # fmt: skip
+STEPPED = {
+    "quantize": (quantize, QUANTIZED),
+    "quantize_shifted": (quantize_shifted, QUANTIZED),
+    "signs": (signs, QUANTIZED),
+    "stats_quantize": (lambda w: kernels.stats_quantize(w, 3), [normal(2, 4)]),
+}
+CASES = SMOOTH | STEPPED
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_forward_mode_is_reverse_mode(name):
+    function, tensors = CASES[name]
+    every = tuple(range(len(tensors)))
+    torch.testing.assert_close(jacfwd(function, every)(*tensors), jacrev(function, every)(*tensors))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_second_derivatives_are_the_same_in_every_order(name):
+    function, tensors = CASES[name]
+    every, loss = tuple(range(len(tensors))), squares(function)
+    expected = jacrev(jacrev(loss, every), every)(*tensors)
+    for outer, inner in ((jacfwd, jacrev), (jacrev, jacfwd), (jacfwd, jacfwd)):
+        torch.testing.assert_close(outer(inner(loss, every), every)(*tensors), expected)
+    for i in every:
+        for j in every:
+            mixed = expected[i][j].reshape(tensors[i].numel(), -1)
+            torch.testing.assert_close(mixed, expected[j][i].reshape(tensors[j].numel(), -1).T)
+
+
+@pytest.mark.parametrize("position", range(3))
+@pytest.mark.parametrize("name", ["poly_relu", "poly_norm"])
+def test_forward_mode_twice_in_one_input(name, position):
+    function, tensors = SMOOTH[name]
+
+    def loss(t):
+        return squares(function)(*tensors[:position], t, *tensors[position + 1 :])
+
+    t = tensors[position]
+    torch.testing.assert_close(jacfwd(jacfwd(loss))(t), jacrev(jacrev(loss))(t))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_many_at_once_are_the_ones_of_a_loop(name):
+    function, tensors = CASES[name]
+    every = tuple(range(len(tensors)))
+    stacked = [torch.stack([t, 1.25 * t]) for t in tensors]
+    gradients = vmap(grad(squares(function), every))(*stacked)
+    values, tangents = vmap(lambda *t: jvp(function, t, t))(*stacked)
+    for i in range(2):
+        each = tuple(t[i] for t in stacked)
+        torch.testing.assert_close(tuple(g[i] for g in gradients), grad(squares(function), every)(*each))
+        value, tangent = jvp(function, each, each)
+        torch.testing.assert_close((values[i], tangents[i]), (value, tangent))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_autograd_outside_of_vmap(name):
+    function, tensors = CASES[name]
+    stacked = [torch.stack([t, 1.25 * t]).requires_grad_() for t in tensors]
+    found = torch.autograd.grad(vmap(function)(*stacked).square().sum(), stacked)
+    for i in range(2):
+        each = [t[i].detach().requires_grad_() for t in stacked]
+        torch.testing.assert_close([g[i] for g in found], [*torch.autograd.grad(squares(function)(*each), each)])
+
+
+@pytest.mark.parametrize("function", [quantize, quantize_shifted])
+def test_straight_through_is_a_line_in_input_and_step(function):
+    x, scale = QUANTIZED
+    second = jacrev(jacrev(lambda *t: function(*t).sum(), (0, 1)), (0, 1))(x, scale)
+    for row in second:
+        for block in row:
+            assert not block.any()
