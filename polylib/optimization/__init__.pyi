@@ -13,6 +13,8 @@ from .learning_rate_batch_size import batch_top_eigenvalue as batch_top_eigenval
 from .learning_rate_batch_size import hessian_noise as hessian_noise
 from .learning_rate_batch_size import lr_momentum_from_spectrum as lr_momentum_from_spectrum
 from .learning_rate_batch_size import max_learning_rate as max_learning_rate
+from .scaling import extrapolate as extrapolate
+from .scaling import optimal_learning_rate as optimal_learning_rate
 from .small_scale_proxies import AdamWIndependent as AdamWIndependent
 from .small_scale_proxies import QKNormAttention as QKNormAttention
 from .small_scale_proxies import cross_entropy_z_loss as cross_entropy_z_loss
