@@ -43,12 +43,13 @@ def save(key: str, name: str, outcome: Outcome) -> None:
             file.write(hashlib.sha256(content).digest() + content)
         part.replace(path)  # whole or not at all, also where two processes write the same
     except OSError as error:
-        if part is not None:
-            part.unlink(missing_ok=True)
         folder = cache_folder()
         if folder not in _told:
             _told.add(folder)
             warnings.warn(f"results can't be kept in {folder} ({error}); they are computed each time", stacklevel=2)
+    finally:
+        if part is not None:
+            part.unlink(missing_ok=True)  # still there if something went wrong, an interrupt too
 
 
 _told: set[Path] = set()  # folders about which the reader was warned

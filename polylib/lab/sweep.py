@@ -17,6 +17,7 @@ from polylib.lab import knobs as knobs_of
 from polylib.lab.figures import embed, pack
 from polylib.lab.grid import run_all
 from polylib.lab.keeping import Kept, Places
+from polylib.lab.printed import warning_anew
 from polylib.lab.progress_bar import is_live
 from polylib.lab.results import Point, Result, at, computed, one_run
 
@@ -147,8 +148,8 @@ class Sweep:
         run = self._run_of(places)
         outcome = self._kept.get(run)
         if outcome is None:
-            with one_run:  # while this thread waited, another one may have computed the same
-                self._kept.refresh()
+            with one_run, warning_anew():
+                self._kept.refresh()  # while this thread waited, another one may have computed the same
                 outcome = self._kept.get(run) or self._kept.put(run, computed(self.run, self._call(run)))
         return at(outcome, None if self.batch is None else places[list(self.grid).index(self.batch)])
 

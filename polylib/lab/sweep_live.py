@@ -14,6 +14,8 @@ import plotly.graph_objects as go
 from IPython import get_ipython
 from plotly.basedatatypes import BaseTraceType
 
+from polylib.lab.interrupts import stop_all, stop_all_when_interrupted, stoppable
+from polylib.lab.printed import Printed, captured
 from polylib.lab.progress_bar import Superseded, listening
 from polylib.lab.results import one_run
 
@@ -25,7 +27,7 @@ LISTS = {"annotations", "images", "selections", "shapes", "sliders", "updatemenu
 
 
 def live(sweep: "Sweep") -> widgets.Widget:
-    """Widgets for `sweep`: one slider a knob, the figure, a progress bar and a place for messages.
+    """Widgets for `sweep`: one slider a knob, a progress bar, messages, the figure, and what the run printed.
 
     The first figure is there when this returns; later ones are drawn when a slider asks for them.
     """
@@ -40,7 +42,11 @@ class _Turns:
         self.held = False
 
     def start(self, *_: object) -> None:
-        one_run.acquire()
+        try:
+            one_run.acquire()
+        except KeyboardInterrupt:  # of a reader whose cell waits for a run
+            stop_all()
+            one_run.acquire()
         self.held = True
 
     def end(self, *_: object) -> None:
@@ -57,6 +63,8 @@ def _take_turns_with_cells() -> None:
     if shell is not None and _turns.start not in shell.events.callbacks["pre_run_cell"]:
         shell.events.register("pre_run_cell", _turns.start)
         shell.events.register("post_run_cell", _turns.end)
+        if getattr(shell, "kernel", None) is not None:
+            stop_all_when_interrupted(shell.kernel)
 
 
 class _Live:
@@ -84,8 +92,8 @@ class _Live:
         self.bar = widgets.FloatProgress(
             min=0, max=1, layout={"width": "min(34em, 98%)", "height": "6px", "visibility": "hidden"}
         )
-        self.message = widgets.HTML()
-        self.box = widgets.VBox([*self.sliders.values(), self.bar, self.message, self.figure])
+        self.message, self.output = widgets.HTML(), widgets.Output()
+        self.box = widgets.VBox([*self.sliders.values(), self.bar, self.message, self.figure, self.output])
         for slider in self.sliders.values():
             slider.observe(lambda _: self.ask(), names="index")  # 1 and True are equal values
         self.draw(tuple(sweep.start_places.values()))
@@ -108,15 +116,19 @@ class _Live:
                 self.draw(places)
 
     def draw(self, places: tuple[int, ...]) -> None:
-        try:
-            self.show(self.sweep.drawn(places, anew=True))
-            self.message.value = ""
-        except Superseded:
-            return
-        except KeyboardInterrupt:
-            self.message.value = _note("Interrupted. Move a slider to go on.")
-        except BaseException as error:  # also SystemExit: shown to the reader, who moves on with the next drag
-            self.message.value = _explained(error)
+        message = ""
+        with captured() as printed:
+            try:
+                with stoppable():
+                    figure = self.sweep.drawn(places, anew=True)
+                self.show(figure)
+            except Superseded:
+                return
+            except KeyboardInterrupt:
+                message = _note("Interrupted. Move a slider to go on.")
+            except BaseException as error:  # also SystemExit: shown to the reader, who moves on with the next drag
+                message = _explained(error)
+        self.message.value, self.output.outputs = message, _outputs(printed)
         self.bar.layout.visibility = "hidden"
 
     def report(self, fraction: float) -> None:
@@ -145,6 +157,11 @@ class _Live:
 def _form(trace: BaseTraceType) -> tuple[str, ...]:
     """The kind of a trace and the properties that it has. One with fewer of them would keep the others on the page."""
     return (trace.type, *sorted(trace.to_plotly_json()))
+
+
+def _outputs(printed: Printed) -> tuple[dict[str, str], ...]:
+    """What was printed, in the form of a cell's output."""
+    return tuple({"output_type": "stream", "name": name, "text": text} for name, text in printed.pieces())
 
 
 def _note(text: str) -> str:

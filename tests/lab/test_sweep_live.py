@@ -1,8 +1,10 @@
 """The live face, driven as a front end would: by changing slider values, waiting for what the figure shows."""
 
 import json
+import sys
 import threading
 import time
+import warnings
 
 import hypothesis
 import hypothesis.strategies as st
@@ -12,7 +14,7 @@ import pytest
 import torch
 from plotly.utils import PlotlyJSONEncoder
 
-from polylib.lab import Sweep, progress
+from polylib.lab import Sweep, interrupts, progress
 
 widgets = pytest.importorskip("ipywidgets")
 sweep_live = pytest.importorskip("polylib.lab.sweep_live")
@@ -160,6 +162,113 @@ def test_leaving_a_run_is_said_and_the_sliders_live_on(error):
     wait_for(lambda: "SystemExit" in message.value or "Interrupted" in message.value)
     slider.value = 3
     wait_for(lambda: shows(figure, 3) and message.value == "")
+
+
+def printed(box):
+    return [(piece["name"], piece["text"]) for piece in box.children[-1].outputs]
+
+
+@pytest.mark.filterwarnings("default")
+def test_what_a_run_prints_stands_once_under_the_figure(capsys):
+    def run(k):
+        for _ in range(3):
+            print("rate", k)
+            warnings.warn("a steep rate", stacklevel=1)
+        print("<b>end</b>", file=sys.stderr)
+        return {"y": np.full(4, k)}
+
+    before = sys.stdout, sys.stderr
+    box = Sweep(run, {"k": [1, 2]}, draw, start={"k": 1}).widget()
+    slider, figure, _, _ = parts(box)
+    for k in (1, 2):
+        slider.value = k
+        wait_for(lambda k=k: shows(figure, k) and bool(printed(box)) and f"rate {k}" in printed(box)[0][1])
+        texts = {name: "".join(text for n, text in printed(box) if n == name) for name in ("stdout", "stderr")}
+        assert texts["stdout"] == f"rate {k}\n" * 3
+        assert texts["stderr"].count("UserWarning: a steep rate") == 1
+        assert texts["stderr"].endswith("<b>end</b>\n")
+    slider.value = 1  # kept: nothing runs
+    wait_for(lambda: shows(figure, 1) and not printed(box))
+    wait_for(lambda: (sys.stdout, sys.stderr) == before)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_what_the_cell_prints_meanwhile_stays_with_the_cell(capsys):
+    inside, gate = threading.Event(), threading.Event()
+
+    def run(k):
+        if k == 2:
+            inside.set()
+            gate.wait(10)
+        print("run", k)
+        return {"y": np.full(4, k)}
+
+    box = Sweep(run, {"k": [1, 2]}, draw, start={"k": 1}).widget()
+    slider, figure, _, _ = parts(box)
+    slider.value = 2
+    wait_for(inside.is_set)
+    print("cell")
+    gate.set()
+    wait_for(lambda: shows(figure, 2) and ("stdout", "run 2\n") in printed(box))
+    assert capsys.readouterr().out == "cell\n"
+
+
+def test_of_a_long_text_the_end_is_shown():
+    def run(k):
+        for line in range(20_000):
+            print(line)
+        return {"y": k}
+
+    ((_, text),) = printed(Sweep(run, {"k": [1]}, lambda r, p: go.Figure()).widget())
+    assert text.endswith("19998\n19999\n") and len(text) < 50_000
+
+
+def test_an_interrupt_stops_the_run_and_the_next_drag_works():
+    started = threading.Event()
+
+    def run(k):
+        for _ in range(3000 if k == 2 else 0):  # without `progress`, which would ask whether to go on
+            started.set()
+            time.sleep(0.01)
+        return {"y": np.full(4, k)}
+
+    slider, figure, message, _ = parts(Sweep(run, {"k": [1, 2, 3]}, draw, start={"k": 1}).widget())
+    slider.value = 2
+    wait_for(started.is_set)
+    interrupts.stop_all()
+    wait_for(lambda: "Interrupted" in message.value)
+    interrupts.stop_all()  # nothing is at work
+    slider.value = 3
+    wait_for(lambda: shows(figure, 3) and message.value == "")
+
+
+CELLS = [
+    """
+import time
+import plotly.graph_objects as go
+from polylib.lab import Sweep
+def run(k):
+    for _ in range(6000 if k == 2 else 0):
+        time.sleep(0.01)
+    return {"y": k}
+box = Sweep(run, {"k": [1, 2]}, lambda r, p: go.Figure(), start={"k": 1}).widget()
+""",
+    "box.children[0].index = 1",
+    "while 'Interrupted' not in box.children[2].value: time.sleep(0.01)",
+]
+
+
+def test_interrupting_an_idle_kernel_stops_the_run():
+    manager = pytest.importorskip("jupyter_client.manager")
+    kernel, client = manager.start_new_kernel(kernel_name="python3")
+    try:
+        for cell in CELLS[:2]:
+            assert client.execute_interactive(cell, timeout=60, output_hook=print)["content"]["status"] == "ok"
+        kernel.interrupt_kernel()
+        assert client.execute_interactive(CELLS[2], timeout=30, output_hook=print)["content"]["status"] == "ok"
+    finally:
+        client.stop_channels()
+        kernel.shutdown_kernel(now=True)
 
 
 def test_an_edited_function_is_drawn_anew():
