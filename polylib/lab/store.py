@@ -5,6 +5,7 @@ import os
 import pickle
 import tempfile
 import warnings
+from functools import cache
 from pathlib import Path
 
 from polylib.lab.results import Outcome, frozen
@@ -26,33 +27,32 @@ def load(key: str, name: str) -> Outcome | None:
         if hashlib.sha256(content).digest() != digest:
             return None
         each, shared = pickle.loads(content)
-    except (OSError, ValueError, TypeError, EOFError, pickle.UnpicklingError, AttributeError, ImportError):
-        return None
+    except (OSError, RuntimeError, ValueError, TypeError, EOFError, pickle.UnpicklingError, AttributeError, ImportError):
+        return None  # RuntimeError: a user without a home
     return tuple({name: frozen(array) for name, array in part.items()} for part in (each, shared))  # type: ignore
 
 
 def save(key: str, name: str, outcome: Outcome) -> None:
     """Keep the outcome of a run. Where it can't be written, one warning says so and the work goes on."""
     content = pickle.dumps(outcome, protocol=5)
-    path = _path(key, name)
-    part = None
+    folder, part = None, None
     try:
+        folder, path = cache_folder(), _path(key, name)
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
             part = Path(file.name)
             file.write(hashlib.sha256(content).digest() + content)
         part.replace(path)  # whole or not at all, also where two processes write the same
-    except OSError as error:
-        folder = cache_folder()
-        if folder not in _told:
-            _told.add(folder)
-            warnings.warn(f"results can't be kept in {folder} ({error}); they are computed each time", stacklevel=2)
+    except (OSError, RuntimeError) as error:
+        _tell(str(folder or "a cache folder"), getattr(error, "strerror", None) or str(error))
     finally:
         if part is not None:
             part.unlink(missing_ok=True)  # still there if something went wrong, an interrupt too
 
 
-_told: set[Path] = set()  # folders about which the reader was warned
+@cache
+def _tell(folder: str, why: str) -> None:
+    warnings.warn(f"results can't be kept in {folder} ({why}); they are computed each time", stacklevel=3)
 
 
 def _path(key: str, name: str) -> Path:

@@ -21,11 +21,6 @@ from polylib.lab.store import cache_folder
 KNOBS = {"slope": [0.5, 1.0, 2.0], "offset": [0, 1]}
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("POLYLIB_CACHE", str(tmp_path / "cache"))
-
-
 def line(slope, offset):
     x = np.linspace(0, 1, 20)
     return {"x": x, "y": slope * x + offset}

@@ -20,11 +20,6 @@ widgets = pytest.importorskip("ipywidgets")
 sweep_live = pytest.importorskip("polylib.lab.sweep_live")
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("POLYLIB_CACHE", str(tmp_path / "cache"))
-
-
 def draw(result, point):
     return go.Figure(go.Scatter(y=result["y"]))
 
