@@ -5,6 +5,7 @@ import dis
 import importlib
 import importlib.util
 import inspect
+import re
 import sys
 from collections.abc import Iterator
 from functools import cached_property, lru_cache
@@ -29,7 +30,7 @@ UNNAMED |= {"_backward_cls", "_autograd_function_id", "__conditional_annotations
 
 
 def function(reader: "Reader", value: FunctionType) -> str:
-    """A function: its code, defaults, closure and attributes, and what it names."""
+    """A function: its code, defaults, closure, attributes and annotations, and what it names."""
     compiled = getattr(value, "_torchdynamo_orig_callable", None)
     if compiled is not None:
         return reader.all("compiled", [compiled])
@@ -46,9 +47,20 @@ def function(reader: "Reader", value: FunctionType) -> str:
         reader.all("defaults", [value.__defaults__, value.__kwdefaults__]),
         reader.named("closure", zip(value.__code__.co_freevars, cells, strict=True), first),
         reader.named("attributes", sorted(vars(value).items())),
+        words(value),
         reader.named("globals", reached(value.__code__, value.__globals__), first) if own else "",
     ]
     return reader.join("function", *parts)
+
+
+def words(value: FunctionType | type) -> str:
+    """The name, text and annotations of a function or a class, which code may look up."""
+    try:
+        annotations = repr(value.__annotations__)
+    except Exception:  # one that names what is not there
+        annotations = ""
+    text = value.__doc__ if isinstance(value.__doc__, str) else ""  # of a data class it has the defaults
+    return re.sub(r" at 0x[0-9a-f]+", "", repr((value.__name__, text, annotations)))
 
 
 def is_installed(value: FunctionType) -> bool:
@@ -172,7 +184,7 @@ def class_(reader: "Reader", value: type) -> str:
     members = {name: item for name, item in vars(value).items() if name not in UNNAMED}
     return reader.join(
         "class",
-        value.__name__,
+        words(value),
         reader.digest(type(value)),
         reader.all("bases", value.__mro__[1:]),
         reader.named("members", sorted(members.items())),

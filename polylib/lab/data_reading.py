@@ -2,9 +2,11 @@
 
 import array
 import collections
+import copyreg
 import marshal
 import types
 import warnings
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -43,6 +45,8 @@ def data(reader: "Reader", value: Any) -> str | None:
     if isinstance(value, np.vectorize):
         excluded = sorted(map(repr, value.excluded))
         return reader.all("vectorize", (kind, value.pyfunc, value.otypes, value.signature, excluded, value.cache))
+    if isinstance(value, weakref.ReferenceType):
+        return reader.all("weak", (kind, value()))
     items = _items(reader, value)
     plain = (dict, list, tuple, set, frozenset, types.MappingProxyType, bytearray, collections.OrderedDict)
     return None if items is None else _with_attributes(reader, value, items, plain)
@@ -94,7 +98,16 @@ def _attributes(reader: "Reader", value: Any) -> str:
                     own[f"{base.__name__}.{name}"] = member.__get__(value)
                 except AttributeError:  # an empty slot
                     continue
+    if isinstance(value, torch.nn.Module):
+        own |= _hooks(own)
     return reader.named("attributes", sorted((str(name), item) for name, item in own.items()))
+
+
+def _hooks(own: dict[str, Any]) -> dict[str, Any]:
+    """The hooks of a network by their order: torch numbers them from the start of the process."""
+    all_hooks = {name: item for name, item in own.items() if "_hooks" in name and isinstance(item, dict)}
+    numbers = sorted({number for item in all_hooks.values() for number in item})
+    return {name: [(numbers.index(n), hook) for n, hook in item.items()] for name, item in all_hooks.items()}
 
 
 def _array(reader: "Reader", value: np.ndarray) -> str:
@@ -122,7 +135,7 @@ def _tensor(reader: "Reader", value: torch.Tensor) -> str:
                 content = reader.bytes("dense", plain.reshape(-1).view(torch.uint8).numpy().data)
         except (RuntimeError, TypeError, NotImplementedError):  # one that is not real, inside a transform
             return reader.unknown(value)
-        rest = (value.grad if value.is_leaf else None, value._backward_hooks)
+        rest = (value.grad if value.is_leaf else None, list((value._backward_hooks or {}).values()))
         return reader.join("tensor", head, content, reader.all("rest", rest))
 
 
@@ -148,7 +161,8 @@ def instance(reader: "Reader", value: Any) -> str:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            reduced = value.__reduce_ex__(4)
+            registered = copyreg.dispatch_table.get(kind)
+            reduced = registered(value) if registered else value.__reduce_ex__(4)
     except Exception:
         return reader.unknown(value)
     if isinstance(reduced, str):

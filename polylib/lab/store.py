@@ -27,7 +27,16 @@ def load(key: str, name: str) -> Outcome | None:
         if hashlib.sha256(content).digest() != digest:
             return None
         each, shared = pickle.loads(content)
-    except (OSError, RuntimeError, ValueError, TypeError, EOFError, pickle.UnpicklingError, AttributeError, ImportError):
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+        TypeError,
+        EOFError,
+        pickle.UnpicklingError,
+        AttributeError,
+        ImportError,
+    ):
         return None  # RuntimeError: a user without a home
     return tuple({name: frozen(array) for name, array in part.items()} for part in (each, shared))  # type: ignore
 

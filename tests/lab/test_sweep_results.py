@@ -104,7 +104,16 @@ def test_knobs_of_a_caller_who_changes_the_list_stay_as_they_were():
 
 @pytest.mark.parametrize(
     "values",
-    [[0, 1, True, False], [1, 1.0], [1, True], [0.0, -0.0], [1.0, np.float32(1)], ["1", 1], [None, "None"], [2, 2 + 0j]],
+    [
+        [0, 1, True, False],
+        [1, 1.0],
+        [1, True],
+        [0.0, -0.0],
+        [1.0, np.float32(1)],
+        ["1", 1],
+        [None, "None"],
+        [2, 2 + 0j],
+    ],
 )
 def test_equal_values_of_different_types_are_different_points(values):
     kept = Sweep(lambda x: {"y": repr(x)}, {"x": values}, draw)
@@ -148,10 +157,20 @@ def test_what_can_be_shown_comes_back_as_an_array(value, expected):
 
 @pytest.mark.parametrize(
     "value",
-    [None, [1, None], [[1, 2], [3]], {"a": 1}, {1, 2}, object(), datetime.date(2024, 1, 1), lambda: 3, np.array([None])],
+    [
+        None,
+        [1, None],
+        [[1, 2], [3]],
+        {"a": 1},
+        {1, 2},
+        object(),
+        datetime.date(2024, 1, 1),
+        lambda: 3,
+        np.array([None]),
+    ],
 )
 def test_what_can_not_be_shown_is_refused_by_name(value):
-    with pytest.raises(TypeError, match="run must return 'loss' as numbers, .*, got a "):
+    with pytest.raises(TypeError, match=r"run must return 'loss' as numbers, .*, got a "):
         sweep(lambda x: {"loss": value}).result(x=1)
 
 
