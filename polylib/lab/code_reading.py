@@ -180,7 +180,9 @@ def _named(value: CodeType) -> tuple[tuple[str, str, tuple[str, ...]], ...]:
 def class_(reader: "Reader", value: type) -> str:
     """A class: its members, and the classes that it inherits from."""
     if not origin.is_own(value.__module__) and origin.found(value.__module__, value.__qualname__) is value:
-        return reader.foreign(value.__module__, value.__qualname__)
+        name = reader.foreign(value.__module__, value.__qualname__)
+        patches = [item for base in value.__mro__ for item in vars(base).items() if _is_patch(item[1])]
+        return reader.join("patched", name, reader.named("patches", patches)) if patches else name
     members = {name: item for name, item in vars(value).items() if name not in UNNAMED}
     return reader.join(
         "class",
@@ -189,6 +191,13 @@ def class_(reader: "Reader", value: type) -> str:
         reader.all("bases", value.__mro__[1:]),
         reader.named("members", sorted(members.items())),
     )
+
+
+def _is_patch(value: Any) -> bool:
+    """Whether a function that stands in a class is the reader's. Functions that packages make up name no module."""
+    value = value.__func__ if isinstance(value, staticmethod | classmethod) else value
+    home = value.__globals__.get("__name__") if isinstance(value, FunctionType) else None
+    return home in sys.modules and origin.is_own(home)
 
 
 def descriptor(reader: "Reader", value: Any) -> str | None:

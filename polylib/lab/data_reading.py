@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 SIMPLE = {bool, int, float, complex, str, bytes, type(None)}
 NAMED = (torch.dtype, torch.layout, torch.memory_format, torch.qscheme, torch.device, torch.finfo, torch.iinfo)
+CHANGEABLE = (list, dict, set, bytearray, collections.deque)
+CODE = (types.FunctionType, types.ModuleType, type)
 PLAIN_BASES = (object, dict, list, tuple, set, frozenset, str, bytes, bytearray, int, float, complex, BaseException)
 PLAIN_BASES += (Exception, ArithmeticError, ValueError, collections.OrderedDict, collections.defaultdict)
 PLAIN_BASES += (np.ndarray, torch._C.TensorBase, torch.Tensor, collections.deque)
@@ -69,7 +71,10 @@ def _items(reader: "Reader", value: Any) -> str | None:
     if isinstance(value, collections.deque):
         return reader.join("deque", str(value.maxlen), *[reader.digest(item) for item in value])
     if isinstance(value, set | frozenset):
-        return reader.join("set", *sorted(reader.digest(item) for item in value))
+        reader.unordered += 1
+        found = sorted(reader.digest(item) for item in value)
+        reader.unordered -= 1
+        return reader.join("set", *found)
     if isinstance(value, bytearray | memoryview | array.array):
         return reader.bytes(type(value).__name__, bytes(value))
     for base in (int, float, complex, str, bytes):
@@ -110,8 +115,26 @@ def _hooks(own: dict[str, Any]) -> dict[str, Any]:
     return {name: [(numbers.index(n), hook) for n, hook in item.items()] for name, item in all_hooks.items()}
 
 
+def place(value: Any) -> Any:
+    """Where an object that can be changed lies; None for one that can't, or that stands for itself alone."""
+    if isinstance(value, torch.Tensor):
+        try:
+            pointer = value.untyped_storage().data_ptr()
+        except (RuntimeError, NotImplementedError):  # it has none
+            pointer = 0
+        return ("memory", pointer) if pointer else id(value)
+    if isinstance(value, np.ndarray):
+        while isinstance(value.base, np.ndarray):
+            value = value.base
+        return ("memory", value.__array_interface__["data"][0]) if value.nbytes else id(value)
+    if isinstance(value, CHANGEABLE) or (type(value).__dictoffset__ and not isinstance(value, CODE)):
+        return id(value)
+    return None
+
+
 def _array(reader: "Reader", value: np.ndarray) -> str:
-    head = f"{value.dtype.str} {value.dtype.descr if value.dtype.fields else ''} {value.shape}"
+    layout = "" if value.flags.c_contiguous else value.strides
+    head = f"{value.dtype.str} {value.dtype.descr if value.dtype.fields else ''} {value.shape} {layout}"
     if value.dtype.hasobject:
         return reader.join("array", head, reader.digest(np.ndarray.tolist(value)))
     if isinstance(value, np.ma.MaskedArray):
@@ -122,6 +145,8 @@ def _array(reader: "Reader", value: np.ndarray) -> str:
 def _tensor(reader: "Reader", value: torch.Tensor) -> str:
     with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
         head = f"{value.dtype} {tuple(value.shape)} {value.device.type} {value.requires_grad} {value.layout}"
+        if value.grad_fn is not None:
+            return reader.unknown(value, "has come from a computation that it keeps for its gradient (see .detach())")
         try:
             if value.is_meta:
                 content = ""
@@ -131,6 +156,7 @@ def _tensor(reader: "Reader", value: torch.Tensor) -> str:
                 whole = value.detach().coalesce()
                 content = reader.all("sparse", (whole.indices(), whole.values()))
             else:
+                head += "" if value.is_contiguous() else f" {value.stride()}"
                 plain = value.detach().cpu().resolve_conj().resolve_neg().contiguous()
                 content = reader.bytes("dense", plain.reshape(-1).view(torch.uint8).numpy().data)
         except (RuntimeError, TypeError, NotImplementedError):  # one that is not real, inside a transform

@@ -35,13 +35,15 @@ def fingerprint(function: Any) -> Fingerprint:
     properties and other descriptors, by partial and cached functions, by callable objects and networks. Data counts
     by content and type. Code of polylib counts by the files that it imports, other packages by name and version.
 
-    Not seen are files and environment variables that the function reads, and what a user changes inside the modules
+    Not seen are files and environment variables that the function reads, and data that a user puts into the modules
     of other packages. Results that depend on those must take them as a knob.
     """
     reader = Reader()
     digest = reader.digest(function)
     modules = closure.of_modules(sorted(reader.of_polylib))
-    whole = reader.join("run", digest, _surroundings(), closure.digest(modules), *sorted(reader.versions))
+    whole = reader.join(
+        "run", digest, reader.sharing(), _surroundings(), closure.digest(modules), *sorted(reader.versions)
+    )
     return Fingerprint(whole, reader.unread, reader.parts)
 
 
@@ -51,16 +53,19 @@ def content(value: Any) -> str | None:
     digest = reader.digest(value)
     if reader.unread is not None:
         return None
-    return reader.join("value", digest, closure.digest(closure.of_modules(sorted(reader.of_polylib))))
+    return reader.join("value", digest, reader.sharing(), closure.digest(closure.of_modules(sorted(reader.of_polylib))))
 
 
 def _surroundings() -> str:
-    """What changes the numbers of any function: versions, the processor, and torch's settings."""
+    """What changes the numbers of any function: versions, the processor, and settings of torch and numpy."""
     settings = (
         torch.get_default_dtype(),
         torch.get_default_device(),
         torch.get_float32_matmul_precision(),
         torch.are_deterministic_algorithms_enabled(),
+        torch.is_grad_enabled(),
+        torch.is_autocast_enabled("cpu"),
+        sorted(np.geterr().items()),
         scale(),
     )
     return f"{_machine()} {settings}"

@@ -1,8 +1,8 @@
 """Reads any Python object, code included, into a digest of its content.
 
 The digest of an object is made of the digests of its parts, so that equal content has the same digest wherever it
-lies in memory. An object whose content can't be read for certain is noted by its name (`Reader.unread`) and counts by
-its identity, which no other process repeats.
+lies in memory; which parts are one and the same object counts, too. An object whose content can't be read for certain
+is noted by its name (`Reader.unread`) and counts by its identity, which no other process repeats.
 """
 
 import hashlib
@@ -41,6 +41,9 @@ class Reader:
         self._names: list[str] = []
         self._kept: list[Any] = []  # so that no id is used twice
         self._functions = 0
+        self._numbers: dict[Any, int] = {}  # of what can be changed, by where it lies in memory
+        self._met: list[int] = []
+        self.unordered = 0  # how many sets are being read
 
     def join(self, kind: str, *parts: str) -> str:
         """The digest of some texts, told apart by their lengths."""
@@ -55,6 +58,8 @@ class Reader:
         """The digest of an object; `name` is what the code calls it."""
         if type(value) in ATOMS:
             return self.join(type(value).__name__, value.hex() if type(value) is float else repr(value))
+        if not self.unordered and (place := data_reading.place(value)) is not None:
+            self._met.append(self._numbers.setdefault(place, len(self._numbers)))
         known = self._done.get(id(value))
         if known is not None:
             return known
@@ -86,6 +91,10 @@ class Reader:
             if are_parts:
                 self.parts[name] = found[-1]
         return self.join(kind, *found)
+
+    def sharing(self) -> str:
+        """Which of the objects that were met are the same one: two equal lists, or one list under two names."""
+        return self.join("sharing", *map(str, self._met)) if len(self._numbers) < len(self._met) else ""
 
     def foreign(self, module: str, name: str) -> str:
         """The digest of something in an installed package or in polylib, which counts by its name."""

@@ -9,8 +9,10 @@ import textwrap
 
 import hypothesis
 import hypothesis.strategies as st
+import numpy as np
 import plotly.graph_objects as go
 import pytest
+import torch
 
 from polylib.lab import Sweep, store
 from polylib.lab.fingerprint import content, fingerprint
@@ -314,6 +316,99 @@ WAYS = {
     "a range": "r = range(K)\ndef run(x): return x * len(r)",
     "a slice": "s = slice(0, K)\ndef run(x): return x * len(list(range(20))[s])",
     "an operator's getter": "g = operator.itemgetter(K)\ndef run(x): return x * g(range(20))",
+    "one object under two names": "a = [1]\nb = a if K == 2 else [1]\ndef run(x): return a is b",
+    "one object in two places": "a = [1]\nb = {'a': a, 'b': a if K == 2 else [1]}\ndef run(x): return b['a'] is b['b']",
+    "shared weights": """
+        m = nn.Sequential(nn.Linear(1, 1), nn.Sequential(nn.Linear(1, 1)))
+        for p in m.parameters(): nn.init.ones_(p)
+        if K == 2: m[1][0].weight = m[0].weight
+        def run(x): return len(list(m.parameters()))""",
+    "the weights of an optimizer": """
+        m = nn.Linear(1, 1)
+        for p in m.parameters(): nn.init.ones_(p)
+        o = torch.optim.SGD((m if K == 2 else __import__("copy").deepcopy(m)).parameters(), lr=1.0)
+        def run(x): return o.param_groups[0]["params"][0] is m.weight""",
+    "a view and a copy": "a = np.zeros(3)\nb = a[:] if K == 2 else a.copy()\ndef run(x): return np.shares_memory(a, b)",
+    "a tensor's memory": "a = torch.zeros(3)\nb = a.view(3, 1)[:, 0] if K == 2 else a.clone()\n"
+    "def run(x): return a.data_ptr() == b.data_ptr()",
+    "the order of axes": "a = torch.ones(2, 2)\nif K == 2: a = a.t()\ndef run(x): return a.is_contiguous()",
+    "the mode": "m = nn.Dropout()\nif K == 2: m.eval()\ndef run(x): return m.training",
+    "what is frozen": "p = torch.ones(1, requires_grad=K == 2)\ndef run(x): return p.requires_grad",
+    "the state of an optimizer": """
+        w = torch.ones(1, requires_grad=True)
+        o = torch.optim.SGD([w], lr=0.0, momentum=0.9)
+        w.grad = torch.full((1,), float(K))
+        o.step()
+        w.grad = None
+        def run(x): return float(o.state[w]["momentum_buffer"])""",
+    "a method of one object": """
+        m = nn.Module()
+        m.f = types.MethodType(lambda self, x: x * K, m)
+        def run(x): return m.f(x)""",
+    "a forward of one object": "m = nn.Identity()\nm.forward = lambda x: x * K\ndef run(x): return m(x)",
+    "what is put into a class of torch": """
+        nn.ReLU6.own = staticmethod(lambda x: x * K)
+        def run(x): return nn.ReLU6.own(x)""",
+    "what is put into numpy": "np.own_name = lambda x: x * K\ndef run(x): return np.own_name(x)",
+    "a generic class": """
+        import typing
+        T = typing.TypeVar("T")
+        class H(typing.Generic[T]):
+            def f(self, x): return x * K
+        h = H[int]()
+        def run(x): return h.f(x)""",
+    "a protocol": """
+        import typing
+        @typing.runtime_checkable
+        class P(typing.Protocol):
+            def f(self, x): ...
+        class H(P):
+            def f(self, x): return x * K
+        def run(x): return H().f(x)""",
+    "singledispatchmethod": """
+        class H:
+            @functools.singledispatchmethod
+            def f(self, x): return x
+            @f.register
+            def _(self, x: int): return x * K
+        h = H()
+        def run(x): return h.f(x)""",
+    "total_ordering": """
+        @functools.total_ordering
+        class H:
+            def __eq__(self, other): return False
+            def __lt__(self, other): return K
+        def run(x): return H() < x""",
+    "a loader of an own data set": """
+        class D(torch.utils.data.Dataset):
+            def __getitem__(self, i): return i * K
+            def __len__(self): return 3
+        d = torch.utils.data.DataLoader(D())
+        def run(x): return [int(v) for v in d]""",
+    "a schedule": """
+        o = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+        s = torch.optim.lr_scheduler.LambdaLR(o, lambda epoch: K)
+        def run(x): return x * o.param_groups[0]["lr"]""",
+    "scikit-learn": """
+        from sklearn.linear_model import Ridge
+        m = Ridge(alpha=K).fit([[1.0], [2.0]], [1, 2])
+        def run(x): return float(m.predict([[x]])[0])""",
+    "a number with an attribute": "class I(int): pass\ni = I(3)\ni.k = K\ndef run(x): return x * i.k",
+    "__set_name__": """
+        class D:
+            def __set_name__(self, owner, name): self.k = K
+            def __get__(self, owner, kind): return self.k
+        class H: d = D()
+        def run(x): return x * H.d""",
+    "__new__": "class H:\n    def __new__(cls, x): return x * K\ndef run(x): return H(x)",
+    "a bound method of text": "f = 'K{}'.format\ndef run(x): return f(x)",
+    "a coroutine": """
+        async def f(x): return x * K
+        def run(x):
+            try: f(x).send(None)
+            except StopIteration as end: return end.value""",
+    "another order of bytes": "a = np.array([1], '<i4' if K == 2 else '>i4')\ndef run(x): return a.tobytes()",
+    "long texts": "a = np.array(['a' * 60 + 'K'])\ndef run(x): return a[0]",
 }
 
 
@@ -539,3 +634,27 @@ def test_another_process_gives_the_same_name():
     environment = {**os.environ, "PYTHONHASHSEED": "7"}
     found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert found.stdout.strip() == named(SHARED)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        lambda: torch.set_grad_enabled(False),
+        lambda: torch.set_default_dtype(torch.float64),
+        lambda: np.seterr(all="ignore"),
+        lambda: torch.set_float32_matmul_precision("medium"),
+    ],
+)
+def test_settings_of_the_whole_notebook_count(setting):
+    run = notebook("def run(x): return x")["run"]
+    before = fingerprint(run).digest
+    kept = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_float32_matmul_precision()
+    try:
+        with np.errstate():
+            setting()
+            assert fingerprint(run).digest != before
+    finally:
+        torch.set_grad_enabled(kept[0])
+        torch.set_default_dtype(kept[1])
+        torch.set_float32_matmul_precision(kept[2])
+    assert fingerprint(run).digest == before
