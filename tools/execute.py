@@ -25,7 +25,7 @@ from tools import pace
 from tools.sources import ROOT, code_cells, digest_of, sources
 
 EXECUTED = ROOT / ".executed"  # nbmake skips every path with a folder called _build
-CELL_SECONDS = 600  # a cell that takes longer has hung
+CELL_SECONDS = {"ci": 600, "laptop": 3600}  # a cell that takes longer has hung
 DAYS = 60  # what no run has asked for so long is removed from the cache
 PROGRESS_BAR = re.compile(r"\d+%\|.*\||\d+it \[")
 LIMIT = 60  # t that a notebook may take at scale ci
@@ -201,7 +201,8 @@ def run_nbmake(collect: Collect, files: list[Path], workers: int) -> int:
     os.chdir(ROOT)
     # Notebooks side by side share the cores: none starts more processes for its sweeps than its part of them.
     share = {"LOKY_MAX_CPU_COUNT": str(max(1, pace.cores() // workers))}
-    options = ["--nbmake", "--overwrite", f"--nbmake-timeout={CELL_SECONDS}", "--nbmake-kernel=python3"]
+    patience = CELL_SECONDS.get(os.environ.get("POLYLIB_SCALE") or "ci", 3600)
+    options = ["--nbmake", "--overwrite", f"--nbmake-timeout={patience}", "--nbmake-kernel=python3"]
     spread = ["-n", str(workers), "--maxschedchunk=1"] if workers > 1 else ["-p", "no:xdist"]
     quiet = ["-p", "no:cacheprovider", "-q", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
     with patch.dict(os.environ, share):
