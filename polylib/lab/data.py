@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from polylib._checks import integer
+
 
 class Split(NamedTuple):
     """A data set in two parts. Inputs are float32 `(samples, features)`; targets are int64 classes `(samples,)`.
@@ -43,12 +45,6 @@ def _standardised(
     return Split(train, torch.tensor(y_train).long(), test, torch.tensor(y_test).long())
 
 
-def _count(name: str, value: int, least: int, most: int | None = None) -> None:
-    if not isinstance(value, int) or value < least or (most is not None and value > most):
-        expected = f"an integer from {least} to {most}" if most is not None else f"an integer of at least {least}"
-        raise ValueError(f"{name} must be {expected}, got {value!r}")
-
-
 def digits(train: int = 1200, seed: int = 0) -> Split:
     """Handwritten digits: 1,797 grey images of 8 x 8 pixels in ten classes, from scikit-learn (UCI).
 
@@ -63,7 +59,7 @@ def digits(train: int = 1200, seed: int = 0) -> Split:
     from sklearn.datasets import load_digits
 
     x, y = load_digits(return_X_y=True)
-    _count("train", train, 1, len(x) - 1)
+    train = integer("train", train, 1, len(x) - 1)
     order = np.random.default_rng(seed).permutation(len(x))
     first, rest = order[:train], order[train:]
     return _standardised(x[first], y[first], x[rest], y[rest], each_feature=False)
@@ -79,7 +75,7 @@ def mnist1d(samples: int = 5000, seed: int = 42) -> Split:
     """
     from mnist1d.data import get_dataset_args, make_dataset
 
-    _count("samples", samples, 50)
+    samples = integer("samples", samples, 50)
     arguments = get_dataset_args()
     arguments.num_samples, arguments.seed = samples, seed
     states = random.getstate(), np.random.get_state()  # noqa: NPY002 - the generator seeds the global generators
@@ -97,7 +93,7 @@ def shells(train: int = 2000, test: int = 2000, features: int = 8, classes: int 
     Directions are uniform; the radius of class k is k + 1 plus Gaussian noise of deviation 0.15.
     """
     for name, value in (("train", train), ("test", test), ("features", features), ("classes", classes)):
-        _count(name, value, 1)
+        integer(name, value, 1)
     rng = np.random.default_rng(seed)
     y = rng.integers(classes, size=train + test)
     direction = rng.standard_normal((train + test, features))
@@ -126,12 +122,12 @@ def text_windows(length: int = 32, train: int = 3200, test: int = 256, symbols: 
     windows are spread evenly over the last tenth.
     """
     for name, value in (("length", length), ("train", train), ("test", test), ("symbols", symbols)):
-        _count(name, value, 1)
+        integer(name, value, 1)
     kept = sorted(character for character, _ in Counter(text()).most_common(symbols))
     number = {character: k for k, character in enumerate(kept)}
     tokens = torch.tensor([number[character] for character in text() if character in number])
     border, last = len(tokens) * 9 // 10, len(tokens) - length - 1
-    _count("length", length, 1, len(tokens) // 20)
+    length = integer("length", length, 1, len(tokens) // 20)
     places = torch.randint(border - length, (train,), generator=torch.Generator().manual_seed(seed))
     parts = []
     for starts in (places, torch.linspace(border, last, test).long()):

@@ -74,6 +74,12 @@ def test_bad_sizes_raise():
         text_windows(0)
 
 
+def test_sizes_may_be_integers_of_numpy():
+    assert len(digits(np.int64(4)).x_train) == 4 and len(digits(np.int64(4), np.int64(1)).x_test) == 1793
+    with pytest.raises(ValueError, match="train must be an integer from 1 to 1796, got True"):
+        digits(True)
+
+
 def test_windows_of_text_are_shifted_by_one_and_the_test_part_was_not_seen():
     data = text_windows(16, train=500, test=20)
     assert data.x_train.dtype == data.y_test.dtype == torch.int64

@@ -528,7 +528,7 @@ MODULE_WAYS = {
     "import helpers\nhs = [helpers]\ndef run(x): return hs[0].f(x)": "def f(x): return x * K",
     "import helpers\ndef run(x): return getattr(helpers, 'f')(x)": "def f(x): return x * K",
     "import helpers\nh = helpers.H()\ndef run(x): return h.f(x)": "class H:\n    def f(self, x): return x * K",
-    "import helpers as h\nclass B(h.H): pass\ndef run(x): return B().f(x)": "class H:\n    def f(self, x): return x * K",
+    "from helpers import H\nclass B(H): 0\ndef run(x): return B().f(x)": "class H:\n    def f(self, x): return x * K",
 }
 
 
