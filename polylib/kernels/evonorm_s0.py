@@ -52,6 +52,7 @@ from polylib.kernels._common import (
     load,
     no_double_backward,
     on_device,
+    registers,
     store,
     tl,
     triton,
@@ -189,7 +190,7 @@ def _backward_kernel(
             offsets, ok = _place(d + ds, p + ps, D, P, stride_d, stride_p)
             tile = load(x + base + offsets, ok)
             g = load(grad + base + offsets, ok)
-            gate = tl.sigmoid(slope * tile)
+            gate = tl.where(ok, tl.sigmoid(slope * tile), 0.0)  # beyond the edge an infinite slope would count
             sum_beta += tl.sum(g, axis=1)
             sum_gamma += tl.sum(g * tile * gate * rstd, axis=1)
             sum_v += tl.sum(gate * (1.0 - gate) * tile * (tile * rstd) * (g * gamma), axis=1)
@@ -355,7 +356,7 @@ def _lanes_backward_kernel(
         ok = (p + rows < P) & lane_ok[None, :]
         at = base + (p + rows).to(tl.int64) * C
         tile, g = load(x + at, ok), load(grad + at, ok)
-        gate = tl.sigmoid(slope * tile)
+        gate = tl.where(ok, tl.sigmoid(slope * tile), 0.0)
         scaled = tile * rstd[None, :]
         beta_terms += g
         gamma_terms += g * scaled * gate
@@ -416,6 +417,8 @@ def _launch(kernels: dict[str, Any], x: Tensor, groups: int, tensors: tuple, ext
         channels_last = not x.is_contiguous()
         programs, sizes = N * groups, (C, D, P, *((1, C) if channels_last else (P, 1)))
         options |= _blocks(D, P, channels_last)
+        if "NEED_X" in options:  # the backward kernel
+            options |= registers(80 if x.itemsize == 2 else 128)
     with on_device(x):
         kernels[way][(programs,)](*tensors, *sizes, *extra, **options)
 
