@@ -69,6 +69,9 @@ def evonorm_s0_reference(x: Tensor, weight: Tensor, bias: Tensor, v: Tensor, gro
 
     x (N, C, H, W), weight, bias and v (C,). Any floating dtype and device; differentiable any number of times; works
     under `torch.func`.
+
+    On a CPU it moves 56 bytes an entry of float32, and 188 for the gradients. The least is what one loop would
+    move, 8 and 12 while a group stays in the cache; `torch.compile` fuses most of the steps.
     """
     wide, weight, bias, v = (widened(t) for t in (x, weight, bias, v))
     grouped = wide.unflatten(1, (groups, -1))
