@@ -240,13 +240,11 @@ def _run_forward_kernel(
     size = D * P
     for sample in range(first, tl.minimum(first + STRIP, N)):
         start = tl.cast(sample, tl.int64) * C * P + group * size
-        # excerpt: begin
         tile = load(x + start + value, inside)
         mean = tl.sum(tile, axis=0) / size
         centred = tl.where(inside, tile - mean, 0.0)
         rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=0) / size + eps)
         store(y + start + value, tile * tl.sigmoid(slope * tile) * rstd * gamma + beta, inside)
-        # excerpt: end
         tl.store(mean_out + sample * (C // D) + group, mean)
         tl.store(rstd_out + sample * (C // D) + group, rstd)
 
@@ -265,6 +263,7 @@ def _run_backward_kernel(
         at = tl.cast(sample, tl.int64) * C * P + group * size + value
         mean, rstd = tl.load(means + sample * (C // D) + group), tl.load(rstds + sample * (C // D) + group)
         tile, g = load(x + at, inside), load(grad + at, inside)
+        # excerpt: begin
         gate = tl.sigmoid(slope * tile)
         gated = g * tile * gate * rstd
         sum_beta += g
@@ -273,6 +272,7 @@ def _run_backward_kernel(
         if NEED_X:
             pull = tl.sum(gamma * gated, axis=0) * (rstd * rstd / size)
             store(grad_x + at, _grad_of_tile(tile, g, gate, slope, gamma, mean, rstd, pull), inside)
+        # excerpt: end
     out = partial + (first // STRIP).to(tl.int64) * C * P + group * size + value
     tl.store(out, sum_gamma, mask=inside)
     tl.store(out + plane, sum_beta, mask=inside)
