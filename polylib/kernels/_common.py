@@ -133,6 +133,14 @@ def unit(size: int) -> int:
     return min(size & -size, 16) if size else 16
 
 
+def registers(most: int) -> dict[str, int]:
+    """Return the launch option that gives a thread up to `most` registers. Triton has it for NVIDIA's GPUs alone.
+
+    Left to itself, the compiler may keep a value in memory to stay at a number of registers that nobody asked for.
+    """
+    return {} if torch.version.hip else {"maxnreg": most}
+
+
 def row_bucket(rows: int) -> int:
     """Round a row count up to 64, 256, 1024, 4096 or 16384, so that a new batch size seldom means a new tuning."""
     bits = max(rows - 1, 1).bit_length()

@@ -52,6 +52,7 @@ from polylib.kernels._common import (
     load,
     no_double_backward,
     on_device,
+    registers,
     store,
     tl,
     triton,
@@ -68,6 +69,9 @@ def evonorm_s0_reference(x: Tensor, weight: Tensor, bias: Tensor, v: Tensor, gro
 
     x (N, C, H, W), weight, bias and v (C,). Any floating dtype and device; differentiable any number of times; works
     under `torch.func`.
+
+    On a CPU it moves 56 bytes an entry of float32, and 188 for the gradients. The least is what one loop would
+    move, 8 and 12 while a group stays in the cache; `torch.compile` fuses most of the steps.
     """
     wide, weight, bias, v = (widened(t) for t in (x, weight, bias, v))
     grouped = wide.unflatten(1, (groups, -1))
@@ -189,7 +193,7 @@ def _backward_kernel(
             offsets, ok = _place(d + ds, p + ps, D, P, stride_d, stride_p)
             tile = load(x + base + offsets, ok)
             g = load(grad + base + offsets, ok)
-            gate = tl.sigmoid(slope * tile)
+            gate = tl.where(ok, tl.sigmoid(slope * tile), 0.0)  # beyond the edge an infinite slope would count
             sum_beta += tl.sum(g, axis=1)
             sum_gamma += tl.sum(g * tile * gate * rstd, axis=1)
             sum_v += tl.sum(gate * (1.0 - gate) * tile * (tile * rstd) * (g * gamma), axis=1)
@@ -236,13 +240,11 @@ def _run_forward_kernel(
     size = D * P
     for sample in range(first, tl.minimum(first + STRIP, N)):
         start = tl.cast(sample, tl.int64) * C * P + group * size
-        # excerpt: begin
         tile = load(x + start + value, inside)
         mean = tl.sum(tile, axis=0) / size
         centred = tl.where(inside, tile - mean, 0.0)
         rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=0) / size + eps)
         store(y + start + value, tile * tl.sigmoid(slope * tile) * rstd * gamma + beta, inside)
-        # excerpt: end
         tl.store(mean_out + sample * (C // D) + group, mean)
         tl.store(rstd_out + sample * (C // D) + group, rstd)
 
@@ -261,6 +263,7 @@ def _run_backward_kernel(
         at = tl.cast(sample, tl.int64) * C * P + group * size + value
         mean, rstd = tl.load(means + sample * (C // D) + group), tl.load(rstds + sample * (C // D) + group)
         tile, g = load(x + at, inside), load(grad + at, inside)
+        # excerpt: begin
         gate = tl.sigmoid(slope * tile)
         gated = g * tile * gate * rstd
         sum_beta += g
@@ -269,6 +272,7 @@ def _run_backward_kernel(
         if NEED_X:
             pull = tl.sum(gamma * gated, axis=0) * (rstd * rstd / size)
             store(grad_x + at, _grad_of_tile(tile, g, gate, slope, gamma, mean, rstd, pull), inside)
+        # excerpt: end
     out = partial + (first // STRIP).to(tl.int64) * C * P + group * size + value
     tl.store(out, sum_gamma, mask=inside)
     tl.store(out + plane, sum_beta, mask=inside)
@@ -355,7 +359,7 @@ def _lanes_backward_kernel(
         ok = (p + rows < P) & lane_ok[None, :]
         at = base + (p + rows).to(tl.int64) * C
         tile, g = load(x + at, ok), load(grad + at, ok)
-        gate = tl.sigmoid(slope * tile)
+        gate = tl.where(ok, tl.sigmoid(slope * tile), 0.0)
         scaled = tile * rstd[None, :]
         beta_terms += g
         gamma_terms += g * scaled * gate
@@ -416,6 +420,8 @@ def _launch(kernels: dict[str, Any], x: Tensor, groups: int, tensors: tuple, ext
         channels_last = not x.is_contiguous()
         programs, sizes = N * groups, (C, D, P, *((1, C) if channels_last else (P, 1)))
         options |= _blocks(D, P, channels_last)
+        if "NEED_X" in options:  # the backward kernel
+            options |= registers(80 if x.itemsize == 2 else 128)
     with on_device(x):
         kernels[way][(programs,)](*tensors, *sizes, *extra, **options)
 

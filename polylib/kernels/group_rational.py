@@ -38,6 +38,7 @@ from polylib.kernels._common import (
     load,
     no_double_backward,
     on_device,
+    registers,
     store,
     tl,
     triton,
@@ -70,6 +71,9 @@ def group_rational_reference(
     """Return P(x) / Q(x) by groups of channels in plain PyTorch; arguments as in `group_rational`, of any order.
 
     Any floating dtype and device; differentiable any number of times; works under `torch.func`.
+
+    On a CPU it moves 210 bytes an entry of float32, and 446 for the gradients. The least is what one loop would
+    move, 8 and 12; `torch.compile` fuses most of the steps.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     z = wide.unflatten(-1, (groups, x.shape[-1] // groups))
@@ -154,7 +158,7 @@ def _backward_kernel(
         # excerpt: begin
         p, q, u, inner = _polynomials(value, a, b, VARIANT_B)
         inverse = 1.0 / q  # the one division; everything else is a product with it
-        w, f = g * inverse, p * inverse
+        w, f = tl.where(ok, g * inverse, 0.0), tl.where(ok, p * inverse, 0.0)
         sign = tl.where((inner if VARIANT_B else value) < 0, -1.0, 1.0)
         if grad_x is not None:
             dp = a[1] + value * (2 * a[2] + value * (3 * a[3] + value * (4 * a[4] + value * (5 * a[5]))))
@@ -257,7 +261,7 @@ def _backward(
         with on_device(x):
             _backward_kernel[groups, strips](
                 grad.contiguous(), x, numerator.contiguous(), denominator.contiguous(), grad_x if need_x else None,
-                partial, M, rows, D // tile["LANES"], *strides, VARIANT_B=variant_b, **tile,
+                partial, M, rows, D // tile["LANES"], *strides, VARIANT_B=variant_b, **tile, **registers(80),
             )  # fmt: skip
     if partial is None:
         return grad_x, numerator.new_empty(0), denominator.new_empty(0)

@@ -39,6 +39,7 @@ from polylib.kernels._common import (
     load,
     narrow,
     on_device,
+    registers,
     store,
     tl,
     triton,
@@ -86,7 +87,7 @@ def _tile(rows: int, n: int, itemsize: int) -> dict[str, int]:
     """The sizes of a tile: n and the rows are rounded up to powers of two, and the product has at least 16 rows.
 
     Beyond 128 rows of u a tile has half the columns, whose u would not fit in registers, and twice the outputs, so that
-    each thread still reads 16 bytes of S. At most 48 KB of shared memory.
+    each thread still reads 16 bytes of S. Beyond 32, blocks of x are read two at a time. At most 48 KB are shared.
     """
     padded = triton.next_power_of_2(n)
     block_m = max(triton.next_power_of_2(rows), 16 // padded)
@@ -95,14 +96,15 @@ def _tile(rows: int, n: int, itemsize: int) -> dict[str, int]:
     block_o = 32
     if height > 128:
         block_i, block_o = block_i // 2, 64
-    return {"BLOCK_M": block_m, "N_PAD": padded, "BLOCK_O": block_o, "BLOCK_I": block_i}
+    unroll = n if height <= 32 else min(n, 2)
+    return {"BLOCK_M": block_m, "N_PAD": padded, "BLOCK_O": block_o, "BLOCK_I": block_i, "UNROLL": unroll}
 
 
 @triton.jit(do_not_specialize=["M", "per_split"])
 def _product_kernel(
     x, A, S, parts, M, height, width, stride_m, stride_i, per_split,
     N: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, N_PAD: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
+    BLOCK_M: tl.constexpr, N_PAD: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """One S[k] is (height, width). Row q = m N_PAD + a of the product belongs to row m, block row a."""
     width = width * UNIT
@@ -119,12 +121,13 @@ def _product_kernel(
         s = tl.load(S + s_at, mask=(outs[None, :] < height) & (cols[:, None] < width), other=0.0)
         # excerpt: begin
         mixed = tl.zeros((BLOCK_M, N_PAD, BLOCK_I), tl.float32)
-        for c in tl.static_range(N):
+        for c in tl.range(N, loop_unroll_factor=UNROLL):
             share = load(A + (k * N + heads) * N + c, heads < N)
             ok = (rows[:, None] < M) & (cols[None, :] < width)
             block = load(x_rows + (c * width + cols)[None, :].to(tl.int64) * stride_i, ok)
             mixed += share[None, :, None] * block[:, None, :]
         u = tl.reshape(mixed, (BLOCK_M * N_PAD, BLOCK_I))
+        u = tl.where(cols[None, :] < width, u, 0.0)  # beyond the edge an infinite A would count
         acc = dot(narrow(u, s.dtype), s, acc, PRECISION)
         # excerpt: end
     row, head = tl.arange(0, BLOCK_M * N_PAD) // N_PAD, tl.arange(0, BLOCK_M * N_PAD) % N_PAD
@@ -164,6 +167,7 @@ def _forward(x: Tensor, A: Tensor, S: Tensor, bias: Tensor | None) -> Tensor:
         _product_kernel[(tiles_o, splits)](
             x, A.contiguous(), S.contiguous(), parts, M, o, i // part, x.stride(0), x.stride(1), per_split,
             N=n, UNIT=part, PRECISION=dot_precision(), **tile, num_warps=8 if large else 4,
+            **registers(255 if large else 168),
             num_stages=1,  # what is loaded ahead of the loop would take more shared memory than there is
         )  # fmt: skip
         whole = unit(y.numel())

@@ -37,6 +37,9 @@ def poly_relu_reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
     x (...), weight (order,) with the highest power first, bias (1,). Any floating dtype and device; differentiable any
     number of times; works under `torch.func`. PyTorch itself checks the arguments.
+
+    On a CPU it moves 64 bytes an entry of float32, and 128 for the gradients. The least is what one loop would
+    move, 8 and 12; `torch.compile` fuses most of the steps.
     """
     u = widened(x).relu()
     kind = widened(weight).dtype if weight.dtype != x.dtype else u.dtype

@@ -60,6 +60,9 @@ def stats_quantize_reference(w: Tensor, bits: int) -> Tensor:
     """Return each row of w (..., I) on its levels in plain PyTorch, in the dtype of w; the gradient passes unchanged.
 
     Any floating dtype and device; works under `torch.func`. PyTorch itself checks the arguments.
+
+    On a CPU it moves 100 bytes an entry of float32. One loop would move 8 while a row stays in the
+    cache; `torch.compile` fuses most of the steps.
     """
     codes, scale = stats_codes(w, bits)
     wide = widened(w)
