@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -112,7 +113,7 @@ def weight_quantizers(model: nn.Module) -> dict[str, tuple[nn.Module, Tensor]]:
     return found
 
 
-def _latent(chain: nn.Module, place: int) -> Tensor:
+def _latent(chain: Any, place: int) -> Tensor:
     if place == 0:
         return chain.original
     originals = [chain.original] if chain.is_tensor else [getattr(chain, f"original{k}") for k in range(chain.ntensors)]
