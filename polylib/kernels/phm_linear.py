@@ -239,12 +239,14 @@ def phm_linear(x: Tensor, A: Tensor, S: Tensor, bias: Tensor | None = None, *, b
     if x.dim() == 0 or x.shape[-1] != n * i:
         raise ValueError(f"x must have shape (..., I) with I = {n * i} as in S, got {tuple(x.shape)}")
     rows = x.numel() // (n * i)
-    chosen, fits = choose_backend(backend, x), rows <= MAX_ROWS and n <= MAX_N
+    chosen = choose_backend(backend, x)
+    # An exported graph serves any number of rows.
+    fits = n <= MAX_N and (backend == "triton" or not torch.compiler.is_exporting()) and rows <= MAX_ROWS
     if backend == "triton" and not fits:
         raise ValueError(f'backend="triton" needs at most {MAX_ROWS} rows and n up to {MAX_N}, got {rows} and n = {n}')
     if chosen == "triton" and fits:
         return _forward(x.reshape(rows, n * i), A, S, bias).view(*x.shape[:-1], n * o)
-    if backend == "auto" and rows <= MAX_ROWS:
+    if backend == "auto" and not torch.compiler.is_exporting() and rows <= MAX_ROWS:
         return phm_linear_factored(x, A, S, bias)
     return phm_linear_reference(x, A, S, bias)
 

@@ -140,12 +140,15 @@ def confidence_guided(
     bit for bit, because momentum and weight decay would have moved them. Other parameters learn as usual.
 
     Raises:
-        ValueError: a model without StatsQ weights, or `boundary_range` out of range.
+        ValueError: a model without StatsQ weights, or with one whose latent weight other parametrisations compute;
+            `boundary_range` out of range.
     """
     _checks.number("boundary_range", boundary_range, above=0, most=0.5)
     chosen = [(q, w) for q, w in weight_quantizers(model).values() if isinstance(q, StatsQuantizer)]
     if not chosen:
         raise ValueError(f"model ({type(model).__name__}) has no weight quantised by StatsQuantizer")
+    if not all(latent.is_leaf for _, latent in chosen):
+        raise ValueError("model must have latent weights that are parameters, got one with parametrisations of its own")
     kept: list[tuple[Tensor, Tensor, Tensor]] = []
 
     @torch.no_grad()

@@ -49,7 +49,7 @@ class _Attention(nn.Module):
     def __init__(self, dim: int, heads: int, bits: int) -> None:
         super().__init__()
         _checks.multiple("dim", dim, "heads", heads)
-        self.dim, self.heads = dim, heads
+        self.dim, self.heads = int(dim), int(heads)
         self.input = activation_quantizer(bits, dim)
         self.value, self.output = nn.Linear(dim, dim), nn.Linear(dim, dim)
         self.value_levels = activation_quantizer(bits, dim, axis=-1)
@@ -57,10 +57,20 @@ class _Attention(nn.Module):
         self.output_input = activation_quantizer(bits, dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        self._check(x)
         x = self.input(x)
         v = _split(self.value_levels(self.value(x)), self.heads)
         p = self.probability_levels((self.logits(x) / (self.dim // self.heads) ** 0.5).softmax(-1))
         return self.output(self.output_input((p @ v).transpose(-3, -2).flatten(-2)))
+
+    def _check(self, x: Tensor) -> None:
+        _checks.shape("x", x, f"(..., tokens, {self.dim})", x.dim() >= 2 and x.shape[-1] == self.dim)
+        tokens = self.input.quantizer.scale.numel() if isinstance(self.input, ActivationQuantizer) else 0
+        if tokens and x.shape[-2] != tokens:
+            raise ValueError(
+                f"x must have {tokens} tokens, as the first input had: each has a step of its own, got shape"
+                f" {tuple(x.shape)}"
+            )
 
 
 class QuantizedAttention(_Attention):
@@ -70,9 +80,15 @@ class QuantizedAttention(_Attention):
     probabilities, unsigned, one step a query; the input of the output layer, one step a token. The weights of the four
     layers are left to `quantize_model`. Queries and keys have no biases.
 
+    The first input sets the steps, and with them the number of tokens. In full precision it is free.
+
     Args:
         dim, heads: the width, a multiple of the number of heads.
         bits: of the activations; 32 means full precision.
+
+    Raises:
+        ValueError: bits or heads out of range; an input of another width, or with another number of tokens than the
+            first.
     """
 
     def __init__(self, dim: int, heads: int, bits: int) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,56 +29,114 @@ def quantize_model(
 
     Each weight becomes a parametrisation: `layer.weight` is on its levels, and what is trained is the latent weight,
     `layer.parametrizations.weight.original`. A layer that was quantised before gets the new quantiser on its latent
-    weight. So the same call serves quantisation after training, and before fine-tuning.
+    weight. So the same call serves quantisation after training, and before fine-tuning. Parametrisations that a layer
+    has, such as `weight_norm`, stay, and their result is what is rounded.
 
     Args:
         bits: for all layers, or for each by its name in `model.named_modules()`; layers that are not named are left as
             they are. 32 means full precision.
-        quantizer: makes the quantiser of one weight from a number of bits.
+        quantizer: makes the quantiser of one weight, a module with `integers`, from a number of bits.
 
     Returns:
         `model`.
 
     Raises:
-        ValueError: a name that is not a linear or convolutional layer, or no such layer at all.
+        ValueError: a name that is not a linear or convolutional layer, or no such layer at all; a weight that is
+            computed by a hook, as by `torch.nn.utils.weight_norm`, in place of a parametrisation.
+
+    Warns:
+        UserWarning: a weight that is made orthogonal or of norm 1 by a parametrisation, which rounding undoes.
     """
     layers = quantizable(model)
     if not layers:
         raise ValueError(f"model must have a linear or convolutional layer, got a {type(model).__name__} without")
-    chosen = dict.fromkeys(layers, bits) if isinstance(bits, int) else dict(bits)
+    chosen = dict(bits) if isinstance(bits, Mapping) else dict.fromkeys(layers, bits)
     for name in chosen:
         if name not in layers:
             raise ValueError(f"bits must name linear or convolutional layers, {', '.join(layers)}, got {name!r}")
-    for name, count in chosen.items():
-        layer = layers[name]
-        if parametrize.is_parametrized(layer, "weight"):
-            parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
-        if count != 32:
-            parametrize.register_parametrization(layer, "weight", quantizer(count))
+        if "weight" not in layers[name]._parameters and not parametrize.is_parametrized(layers[name], "weight"):
+            raise ValueError(
+                f"model must have weights that are parameters or parametrised (torch.nn.utils.parametrizations), got"
+                f" a weight of {name!r} that a hook computes"
+            )
+        chosen[name] = _checks.integer("bits", chosen[name], 1, 32)
+    made = {name: None if count == 32 else quantizer(count) for name, count in chosen.items()}
+    undone: set[str] = set()
+    for name, rounding in made.items():
+        _quantize(layers[name], rounding)
+        if rounding is not None:
+            undone.update(type(part).__name__ for part in layers[name].parametrizations.weight)
+    for kind in sorted(undone & set(CONSTRAINTS)):
+        text = f"a parametrised weight is rounded: it is {CONSTRAINTS[kind]} before, and no longer after"
+        warnings.warn(text, stacklevel=2)
     return model
 
 
+# Parametrisations whose promise rounding breaks.
+CONSTRAINTS = {"_SpectralNorm": "of spectral norm 1", "_Orthogonal": "orthogonal"}
+
+
+def _place(chain: nn.Module) -> int | None:
+    """Where in the parametrisations of a weight the quantiser stands."""
+    return next((k for k, part in enumerate(chain) if hasattr(part, "integers")), None)
+
+
+def _quantize(layer: nn.Module, quantizer: nn.Module | None) -> None:
+    """Set the quantiser of a layer's weight, or take it away."""
+    chain = layer.parametrizations.weight if parametrize.is_parametrized(layer, "weight") else []
+    place = _place(chain)
+    if place is not None and len(chain) == 1:
+        parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
+    elif place is not None and quantizer is not None:
+        chain[place] = quantizer
+        with torch.no_grad():
+            _ = layer.weight  # shows it a tensor
+        return
+    elif place is not None:
+        del chain[place]
+    if quantizer is not None:
+        parametrize.register_parametrization(layer, "weight", quantizer)
+
+
 def weight_quantizers(model: nn.Module) -> dict[str, tuple[nn.Module, Tensor]]:
-    """For each quantised weight, by the name of its layer: its quantiser and its latent weight."""
+    """For each quantised weight, by the name of its layer: its quantiser and its latent weight.
+
+    Where other parametrisations come before the quantiser, the latent weight is what they make of theirs.
+    """
     found = {}
     for name, layer in model.named_modules():
         if parametrize.is_parametrized(layer, "weight"):
-            part = layer.parametrizations["weight"]
-            if hasattr(part[0], "integers"):
-                found[name] = (part[0], part.original)
+            chain = layer.parametrizations["weight"]
+            place = _place(chain)
+            if place is not None:
+                found[name] = (chain[place], _latent(chain, place))
     return found
+
+
+def _latent(chain: Any, place: int) -> Tensor:
+    if place == 0:
+        return chain.original
+    originals = [chain.original] if chain.is_tensor else [getattr(chain, f"original{k}") for k in range(chain.ntensors)]
+    latent = chain[0](*originals)
+    for part in list(chain)[1:place]:
+        latent = part(latent)
+    return latent
 
 
 def size_in_bytes(model: nn.Module) -> int:
     """What the network takes in storage: packed codes, and 4 bytes for a step, a zero point or any other parameter.
 
-    Zero points count where they differ between tensors, that is, for asymmetric quantisers.
+    Zero points count where they differ between tensors, that is, for asymmetric quantisers. Shared weights count once.
     """
-    own, size = set(), 0
-    for quantizer, latent in weight_quantizers(model).values():
-        codes, step, _ = quantizer.integers(latent.detach())
-        size += math.ceil(codes.numel() * quantizer.bits / 8) + 4 * step.numel() * (1 if quantizer.signed else 2)
-        own |= {id(p) for p in (latent, *quantizer.parameters())}
+    own, size, seen = set(), 0, set()
+    for name, (quantizer, latent) in weight_quantizers(model).items():
+        parts = list(model.get_submodule(name).parametrizations["weight"].parameters())
+        own |= {id(p) for p in parts}
+        same = (*sorted({id(p) for p in parts}), repr(quantizer))
+        if same not in seen:
+            seen.add(same)
+            codes, step, _ = quantizer.integers(latent.detach())
+            size += math.ceil(codes.numel() * quantizer.bits / 8) + 4 * step.numel() * (1 if quantizer.signed else 2)
     return size + sum(4 * p.numel() for p in model.parameters() if id(p) not in own)
 
 

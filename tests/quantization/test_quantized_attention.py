@@ -130,6 +130,48 @@ def test_stacked(kind):
             torch.testing.assert_close(together[name][k], parameter.grad, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", [QuantizedAttention, QKReparamAttention])
+def test_before_the_first_input(kind, tmp_path):
+    attention, other = kind(8, 2, 4), kind(8, 2, 4)
+    count = sum(p.numel() for p in attention.parameters())
+    attention.share_memory()
+    torch.save(attention.state_dict(), tmp_path / "state")
+    other.load_state_dict(torch.load(tmp_path / "state"))
+    x = torch.randn(3, 5, 8)
+    torch.testing.assert_close(attention(x), other(x))
+    assert sum(p.numel() for p in attention.parameters()) > count
+    fresh = kind(8, 2, 4)
+    fresh.load_state_dict(attention.state_dict())
+    torch.testing.assert_close(fresh(x), attention(x))
+
+
+@pytest.mark.parametrize("kind", [QuantizedAttention, QKReparamAttention])
+@pytest.mark.parametrize("first", [True, False])
+def test_under_autocast(kind, first):
+    torch.manual_seed(0)
+    attention, x = kind(8, 2, 8), torch.randn(3, 5, 8)
+    if not first:
+        attention(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = attention(x)
+        y.float().square().mean().backward()
+    assert all(p.dtype == torch.float32 and p.grad is not None for p in attention.parameters())
+    torch.testing.assert_close(y.float(), attention(x), rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("kind", [QuantizedAttention, QKReparamAttention])
+def test_another_length_or_width_is_refused_by_name(kind):
+    attention = kind(8, 2, 4)
+    attention(torch.randn(3, 5, 8))
+    attention(torch.randn(2, 5, 8))
+    with pytest.raises(ValueError, match=r"x must have 5 tokens, as the first input had.*got shape \(3, 6, 8\)"):
+        attention(torch.randn(3, 6, 8))
+    with pytest.raises(ValueError, match=r"x must have shape \(..., tokens, 8\), got \(3, 5, 7\)"):
+        attention(torch.randn(3, 5, 7))
+    exact = kind(8, 2, 32)
+    assert exact(torch.randn(3, 5, 8)).shape == (3, 5, 8) and exact(torch.randn(3, 6, 8)).shape == (3, 6, 8)
+
+
 def test_bad_input_raises():
     with pytest.raises(ValueError, match="dim must be a multiple of heads = 3, got 8"):
         QKReparamAttention(8, 3, 2)

@@ -1,8 +1,10 @@
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
 
 from polylib.quantization import (
     LSQQuantizer,
@@ -75,6 +77,72 @@ def test_size_in_bytes():
     assert size_in_bytes(model) == 288 + 8 * 4 + 4 * (others + 36 + 24)
     quantize_model(model, {"4": 2}, partial(UniformQuantizer, symmetric=False))
     assert size_in_bytes(model) == 288 + 2 * 4 + 4 * (others + 36 + 24)
+
+
+def test_size_counts_shared_weights_once():
+    plain, tied = (nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)) for _ in range(2))
+    tied[1].weight = tied[0].weight
+    assert size_in_bytes(tied) == 4 * 64
+    for model, copies in ((plain, 2), (tied, 1)):
+        assert size_in_bytes(quantize_model(model, 4)) == copies * (32 + 4)
+    linear = nn.Linear(8, 8, bias=False)
+    assert size_in_bytes(quantize_model(nn.Sequential(linear, linear), 4)) == 32 + 4
+
+
+WRAPPERS = {"spectral": spectral_norm, "orthogonal": orthogonal, "weight norm": weight_norm}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.filterwarnings("ignore:a parametrised weight is rounded")
+def test_parametrisations_that_were_there_stay_and_their_result_is_rounded(wrapper):
+    torch.manual_seed(0)
+    model = nn.Sequential(WRAPPERS[wrapper](nn.Linear(8, 8)), nn.Linear(8, 2)).eval()
+    weight, others = model[0].weight.detach().clone(), set(dict(model[0].named_parameters()))
+    for bits in (16, 4, 8):
+        quantize_model(model, bits)
+        torch.testing.assert_close(model[0].weight, UniformQuantizer(bits)(weight))
+        quantizer, latent = weight_quantizers(model)["0"]
+        assert quantizer.bits == bits
+        torch.testing.assert_close(latent, weight)
+    assert size_in_bytes(model) == 64 + 16 + 8 + 4 * 10
+    model(torch.randn(3, 8)).sum().backward()
+    assert all(p.grad is not None for p in model[0].parameters())
+    quantize_model(model, 32)
+    torch.testing.assert_close(model[0].weight, weight)
+    assert set(dict(model[0].named_parameters())) == others and not weight_quantizers(model)
+    quantize_model(model, 3, partial(LSQQuantizer, axis=0))
+    quantize_model(model, 2, partial(LSQQuantizer, axis=0))  # the new step has seen the weight
+    assert weight_quantizers(model)["0"][0].scale.shape == (8,)
+
+
+@pytest.mark.parametrize(("wrapper", "words"), [("spectral", "spectral norm 1"), ("orthogonal", "orthogonal")])
+def test_a_constraint_that_rounding_undoes_is_said(wrapper, words):
+    model = nn.Sequential(WRAPPERS[wrapper](nn.Linear(4, 4)))
+    with pytest.warns(UserWarning, match=f"is rounded: it is (of )?{words} before, and no longer after"):
+        quantize_model(model, 4)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("hook", [nn.utils.weight_norm, nn.utils.spectral_norm])
+def test_a_weight_that_a_hook_computes_is_refused(hook):
+    model = nn.Sequential(hook(nn.Linear(4, 4)), nn.Linear(4, 4))
+    with pytest.raises(ValueError, match=r"parametrised \(.*got a weight of '0' that a hook computes"):
+        quantize_model(model, 4)
+    assert not weight_quantizers(model)
+
+
+@pytest.mark.parametrize("bits", [np.int64(4), {"0": np.int32(4)}, {"0": 4}])
+def test_bits_of_any_integer_type(bits):
+    model = quantize_model(network(), bits)
+    assert torch.equal(model[0].weight, UniformQuantizer(4)(network()[0].weight))
+
+
+def test_nothing_is_quantised_if_one_number_of_bits_is_wrong():
+    model = network()
+    for bits in ({"0": 4, "4": 99}, {"0": 4, "4": 17}, {"0": 4, "9": 4}, 2.5, True):
+        with pytest.raises(ValueError, match="bits must"):
+            quantize_model(model, bits)
+        assert not weight_quantizers(model)
 
 
 @pytest.mark.parametrize("bits", range(1, 9))

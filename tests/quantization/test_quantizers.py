@@ -1,6 +1,8 @@
 import copy
+import pickle
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -212,6 +214,15 @@ def test_lsq_state_is_saved_and_loaded():
             r"the first tensor must have entries, for the step, got shape \(0,\)",
         ),
         (
+            lambda: LSQQuantizer(2)(torch.tensor([1.0, float("inf")])),
+            "the first tensor must be finite, for the step, got entries that are not",
+        ),
+        (
+            lambda: [quantizer := LSQQuantizer(2, axis=-2), *map(quantizer, (torch.ones(5, 3), torch.ones(4, 3)))],
+            r"x must have 5 entries along axis -2, one for each step, as the first tensor had, got shape \(4, 3\)",
+        ),
+        (lambda: LSQQuantizer(2, axis=-2)(torch.ones(3)), r"x must have an axis -2, got shape \(3,\)"),
+        (
             lambda: UniformQuantizer(2).integers(torch.tensor([1.0, float("nan")])),
             "x must be finite, got entries that are not",
         ),
@@ -226,7 +237,103 @@ def test_bad_input_raises(make, words):
         make()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bits", [2, 4, 8, 12])
+@pytest.mark.parametrize(("name", "make"), ALL)
+def test_half_precision_has_the_codes_of_float32(name, make, bits, dtype):
+    w = (3 * weights(6, 50)).to(dtype).detach()
+    quantizer = make(bits)
+    y = quantizer(w)
+    found, wide = quantizer.integers(w), quantizer.integers(w.float())
+    for mine, its in zip(found, wide, strict=True):
+        assert mine.dtype == torch.float32
+        torch.testing.assert_close(mine, its)
+    codes, step, zero = wide
+    assert y.dtype == dtype
+    torch.testing.assert_close(y, (step * (codes - zero)).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(("name", "make"), ALL)
+def test_zeros_and_tiny_numbers_give_no_nan(name, make, dtype):
+    for w in (torch.zeros(3, 5), torch.full((3, 5), 1e-7), torch.tensor([[0.0, 0.0], [1.0, -1.0]])):
+        quantizer, w = make(4), w.to(dtype)
+        y = quantizer(w)
+        codes, step, zero = quantizer.integers(w)
+        assert y.isfinite().all() and codes.isfinite().all()
+        torch.testing.assert_close(y, (step * (codes - zero)).to(dtype))
+
+
+def test_bits_may_be_integers_of_numpy():
+    for make in (UniformQuantizer, FixedPointQuantizer, StatsQuantizer, LSQQuantizer):
+        quantizer = make(np.int64(4))
+        assert type(quantizer.bits) is int and torch.equal(quantizer(weights(9)[None]), make(4)(weights(9)[None]))
+
+
+def test_lsq_before_its_first_tensor(tmp_path):
+    quantizer = nn.Sequential(nn.Linear(3, 3), LSQQuantizer(3))
+    assert sum(p.numel() for p in quantizer.parameters()) == 12
+    torch.save(quantizer.state_dict(), tmp_path / "state")
+    other = nn.Sequential(nn.Linear(3, 3), LSQQuantizer(3))
+    other.load_state_dict(torch.load(tmp_path / "state"))
+    quantizer.share_memory()
+    assert torch.equal(copy.deepcopy(quantizer)(torch.ones(1, 3)), other(torch.ones(1, 3)))
+    assert pickle.loads(pickle.dumps(quantizer))[1].scale.shape == (0,)
+    with pytest.raises(ValueError, match="must have seen a first tensor"):
+        torch.vmap(LSQQuantizer(3))(torch.ones(2, 3))
+    with pytest.raises(ValueError, match="scale must have a value, got none"):
+        LSQQuantizer(3).integers(torch.ones(3))
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("bfloat16", torch.bfloat16), ("float16", torch.float16)])
+def test_lsq_first_seen_under_autocast_keeps_its_step_in_float32(name, dtype):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), LSQQuantizer(4))
+    x = torch.randn(4, 8)
+    with torch.autocast("cpu", dtype):
+        inside = model(x)
+    assert model[1].scale.dtype == torch.float32
+    torch.testing.assert_close(model(x), inside.float(), rtol=0.02, atol=2 * model[1].scale.item())
+    with torch.autocast("cpu", dtype):
+        model(x).float().square().mean().backward()
+    assert model[1].scale.grad.dtype == torch.float32 and model[1].scale.grad != 0
+
+
+def test_lsq_steps_have_the_widest_dtype_that_they_met():
+    for x, expected in ((torch.ones(3).double(), torch.float64), (torch.ones(3).bfloat16(), torch.float32)):
+        quantizer = LSQQuantizer(3)
+        assert quantizer(x).dtype == x.dtype and quantizer.scale.dtype == expected
+    whole = LSQQuantizer(3).bfloat16()
+    assert whole(torch.ones(3).bfloat16()).dtype == torch.bfloat16 and whole.scale.dtype == torch.bfloat16
+    assert whole(torch.ones(3)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("bits", [1, 4])
+def test_zeros_tell_lsq_nothing(bits):
+    w, quantizer = nn.Parameter(torch.zeros(3, 4)), LSQQuantizer(bits, axis=0)
+    y = quantizer(w)
+    y.backward(torch.ones(3, 4))
+    assert not y.any() and torch.equal(w.grad, torch.ones(3, 4)) and quantizer.scale.numel() == 0
+    codes, step, zero = quantizer.integers(w)
+    assert not (step * (codes - zero)).any() and codes.isfinite().all()
+    x = weights(3, 4).detach()
+    x[1] = 0
+    quantizer(x)
+    expected = LSQQuantizer(bits, axis=0)
+    expected(x[[0, 2]])
+    torch.testing.assert_close(quantizer.scale[[0, 2]], expected.scale)
+    torch.testing.assert_close(quantizer.scale[1], expected.scale.mean())
+
+
+def test_lsq_first_seen_in_inference_mode_can_be_trained():
+    quantizer, x = LSQQuantizer(3, axis=0), weights(4, 6)
+    with torch.inference_mode():
+        quantizer(x)
+    quantizer(x).square().sum().backward()
+    assert quantizer.scale.grad.abs().sum() > 0
+
+
 def test_integer_tensors_are_refused():
-    for quantizer in (UniformQuantizer(4), StatsQuantizer(4)):
+    for quantizer in (UniformQuantizer(4), StatsQuantizer(4), LSQQuantizer(4)):
         with pytest.raises(TypeError, match="floating-point"):
             quantizer(torch.ones(2, 3, dtype=torch.int64))
