@@ -14,6 +14,7 @@ from polylib.kernels import excerpt
 NVIDIA = [target for target in compile_report.TARGETS if target.startswith("sm_")]
 # Tensors of a few hundred entries, whose loads are no traffic; values of which a launch reads one a row or a group.
 SMALL = {"weight", "bias", "v", "numerator", "denominator", "A", "sums", "partial", "b_r", "b_g", "b_b", "grad_b"}
+ODD = ("x1001", "x4099", "17003", "17x17")  # in the names of cases whose rows are no multiple of 16 bytes
 A_ROW = {"rate", "decay", "means", "rstds", "mean_out", "rstd_out"}
 
 
@@ -30,54 +31,73 @@ def test_the_report_belongs_to_the_code(op):
     )
 
 
+# Not mended yet, with the most instructions that keep values in memory: in float32 the B200's compiler needs more than
+# the 80 registers that the kernel's launch allows.
+SPILLS = {("group_rational", "sm_100", "backward_kernel", "float32"): 9}
+
+
+def cannot_be_launched(op, record):
+    return not record["launchable"]
+
+
+def spills(op, record):
+    """A value is kept in memory, or not even one block fits on a multiprocessor."""
+    known = SPILLS.get((op, record["target"], record["kernel"], record["dtype"]), 0)
+    return record["spills"] > known or record["occupancy"] < record["warps"]
+
+
+def is_narrow(op, record):
+    """A tensor whose rows are a multiple of 16 bytes is read or written in smaller pieces.
+
+    What is narrow beside is the masked end of a row or a tensor: no more than one block.
+    """
+    if all(any(odd in case for odd in ODD) for case in record["cases"]):
+        return False
+    small = SMALL | A_ROW | ({"x", "y", "scale"} if op == "phm_linear" else {"scale"})
+    for way in ("loads", "stores"):
+        for name in record[way].keys() - small:
+            bits = {int(width): number for width, number in record[way][name].items()}
+            if sum(width * number for width, number in bits.items() if width < 128) > 128 * bits.get(128, 0):
+                return True
+    return False
+
+
+def reads_a_value_of_a_row_for_every_entry(op, record):
+    names = ("scale", "rate", "decay") if op in ("fake_quantize", "sweep_step") else ()
+    return any(sum(record["loads"].get(name, {}).values()) > 1 for name in names)
+
+
+FAULTS = [cannot_be_launched, spills, is_narrow, reads_a_value_of_a_row_for_every_entry]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("op", compile_report.OPS)
-def test_every_kernel_can_be_launched_on_every_target(op):
-    for record in kernels(op, *compile_report.TARGETS):
-        assert record["launchable"], record
-
-
-# Not mended yet: kernels that keep values in memory on one of the targets, and by how many instructions at most.
-SPILLS = {
-    ("evonorm_s0", "sm_120", "backward_kernel"): 2,
-    ("group_rational", "sm_100", "backward_kernel"): 2,
-    ("phm_linear", "sm_90", "product_kernel"): 6,
-    ("phm_linear", "sm_120", "product_kernel"): 24,
-}
+def test_no_tile_that_may_be_chosen_has_a_fault(op, fault):
+    for record in kernels(op, *NVIDIA):
+        assert not fault(op, record), record
 
 
 @pytest.mark.parametrize("op", compile_report.OPS)
-def test_no_other_tile_that_may_be_chosen_spills(op):
+def test_every_kernel_has_the_shared_memory_that_it_asks_for(op):
     for record in kernels(op, *NVIDIA):
-        assert record["spills"] <= SPILLS.get((op, record["target"], record["kernel"]), 0), record
-        assert record["occupancy"] >= record["warps"], record
+        assert record["shared"] <= GPUS[record["target"]].shared_a_block, record
+    assert not any(cannot_be_launched(op, record) for record in kernels(op, "gfx942"))
 
 
-def is_wide(case: str, dtype: str) -> bool:
-    """Whether each row of the case's tensors is a multiple of 16 bytes."""
-    return not any(odd in case for odd in ("x1001", "x4099", "17003", "17x17"))
-
-
-@pytest.mark.parametrize("op", compile_report.OPS)
-def test_tensors_are_read_and_written_16_bytes_at_a_time(op):
-    for record in kernels(op, *NVIDIA):
-        if not any(is_wide(case, record["dtype"]) for case in record["cases"]):
-            continue
-        small = SMALL | A_ROW | ({"x", "y", "scale"} if op == "phm_linear" else {"scale"})
-        for way in ("loads", "stores"):
-            for name, widths in record[way].items():
-                if name in small:
-                    continue
-                bits = {int(width): number for width, number in widths.items()}
-                narrow = sum(width * number for width, number in bits.items() if width < 128)
-                # What is narrow beside is the masked end of a row or a tensor: no more than one block.
-                assert narrow <= 128 * bits.get(128, 0), (record["cases"], record["kernel"], way, name, widths)
-
-
-@pytest.mark.parametrize("op", ["fake_quantize", "sweep_step"])
-def test_a_value_of_a_row_is_not_read_for_every_entry(op):
-    for record in kernels(op, *NVIDIA):
-        for name in ("scale", "rate", "decay"):
-            assert sum(record["loads"].get(name, {}).values()) <= 1, record
+@pytest.mark.parametrize(
+    ("fault", "change"),
+    [
+        (cannot_be_launched, {"launchable": False}),
+        (spills, {"spills": 2}),
+        (spills, {"occupancy": 0}),
+        (is_narrow, {"loads": {"x": {"16": 8}}}),
+        (is_narrow, {"stores": {"y": {"128": 1, "64": 3}}}),
+        (reads_a_value_of_a_row_for_every_entry, {"loads": {"scale": {"32": 8}}}),
+    ],
+)
+def test_a_fault_is_seen(fault, change):
+    record = kernels("fake_quantize", "sm_90")[0]
+    assert fault("fake_quantize", record | change)
 
 
 def test_occupancy_by_hand():
@@ -94,16 +114,17 @@ def test_traffic_is_near_the_least():
             assert record["eager"] > record["least"], record
 
 
-@pytest.mark.parametrize("op", ["poly_relu", "fake_quantize"])
-def test_compiled_again_the_default_tile_is_the_same(op, tmp_path):
+def test_compiled_again_the_default_tile_is_the_same(tmp_path):
     pytest.importorskip("triton")
-    if compile_report.version("triton") != compile_report.load(op)["triton"]:
+    if compile_report.version("triton") != compile_report.load("poly_relu")["triton"]:
         pytest.skip("the report was made with another version of Triton")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-m", "benchmarks.offline", "sm_80", op, "--default"]
+    case = "backward 16384x8192"
+    command = [sys.executable, "-m", "benchmarks.offline", "sm_80", "poly_relu", "--default", "--only", case]
     found = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=compile_report.ROOT)
     assert found.returncode == 0, found.stderr
-    assert compile_report.merged(json.loads(found.stdout)) == kernels(op, "sm_80")
+    kept = [record | {"cases": [case]} for record in kernels("poly_relu", "sm_80") if case in record["cases"]]
+    assert compile_report.merged(json.loads(found.stdout)) == kept
 
 
 @pytest.mark.parametrize("op", compile_report.OPS)
