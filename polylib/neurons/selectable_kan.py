@@ -257,7 +257,7 @@ def _check_input(x: Tensor, in_features: int, grid_range: tuple[float, float]) -
     if x.dim() == 0 or x.shape[-1] != in_features:
         raise ValueError(f"x must have shape (..., {in_features}), got {tuple(x.shape)}")
     # Values can't be looked at inside a transformation, and torch has no public name for this question.
-    if x.numel() == 0 or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if x.numel() == 0 or x.is_meta or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return
     low, high = (bound.item() for bound in x.detach().aminmax())
     if not (math.isfinite(low) and math.isfinite(high)):
