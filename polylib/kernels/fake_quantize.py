@@ -144,7 +144,7 @@ class _FakeQuantizeBothModes(_FakeQuantize):
 
     @staticmethod
     def jvp(ctx, x_tangent, step_tangent, *_others):
-        passes, slope = _FakeQuantize.slopes(ctx)
+        passes, slope = _FakeQuantize.slopes(ctx, *ctx.saved_tensors)
         tangent = torch.zeros_like(slope)
         if x_tangent is not None:
             tangent = torch.where(passes, x_tangent, tangent)
