@@ -19,6 +19,7 @@ from polylib._lazy import names_of
 PACKAGE = "polylib"
 ROOT = Path(__file__).resolve().parent.parent
 DYNAMIC = {"import_module", "__import__"}
+READERS = {f"{PACKAGE}.lab.code_reading"}  # what it imports by name, it has found in the reader's own code
 
 
 def _file(module: str) -> Path | None:
@@ -93,8 +94,11 @@ def _follow(parts: list[str], module: str) -> set[str]:
     return found | {name for name in everything() if f"{name}.".startswith(f"{module}.")}
 
 
-def _imports(tree: ast.AST, package: str) -> set[str]:
-    """The modules of polylib that the code imports, directly or through an attribute of an imported package."""
+def _imports(tree: ast.AST, package: str, dynamic: bool = True) -> set[str]:
+    """The modules of polylib that the code imports, directly or through an attribute of an imported package.
+
+    If it imports by names that only the run knows, all modules; with `dynamic=False` these are none of polylib's.
+    """
     found: set[str] = set()
     bound: dict[str, str] = {}  # a local name, and the module that it stands for
     for node in ast.walk(tree):
@@ -116,7 +120,7 @@ def _imports(tree: ast.AST, package: str) -> set[str]:
         if id(node) in inner:
             continue
         first, *rest = _parts(node) or [""]
-        if DYNAMIC.intersection([first, *rest]):
+        if dynamic and DYNAMIC.intersection([first, *rest]):
             return set(everything())
         if first in bound:
             found |= _follow(rest, bound[first])
@@ -131,7 +135,8 @@ def _imports_of_file(module: str, modified: int) -> frozenset[str]:
         return frozenset()
     if file.name == "__init__.py":
         return frozenset([f"{PACKAGE}._lazy"])
-    return frozenset(_imports(ast.parse(file.read_text(encoding="utf-8")), module.rpartition(".")[0]))
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    return frozenset(_imports(tree, module.rpartition(".")[0], dynamic=module not in READERS))
 
 
 def of_modules(modules: Iterable[str]) -> frozenset[str]:

@@ -39,6 +39,13 @@ def test_what_is_not_used_is_not_reached():
     assert closure.of_source("x = 'polylib.neurons'") == frozenset()
 
 
+def test_what_all_chapters_share_reaches_no_part_of_the_book():
+    reached = closure.of_source("from polylib.lab import Sweep, Stack, claim, digits, panels, search, train_many")
+    parts = {"neurons", "regimes", "optimization", "quantization"}
+    assert not {name for name in reached if name.split(".")[1:2] and name.split(".")[1] in parts}
+    assert "polylib.lab.sweep_live" in reached
+
+
 def test_a_reached_module_is_followed():
     assert "polylib.kernels.poly_norm" in closure.of_modules(["polylib.neurons.polycom"])
     assert closure.of_modules(["torch", "polylib.no_such_module"]) == frozenset()
