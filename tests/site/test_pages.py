@@ -178,6 +178,22 @@ def test_page(context, address: str, screenshots: Path | None, page_name: str) -
         assert worst is None or worst["ratio"] >= 4.5, f"contrast {worst['ratio']:.1f} of {worst['text']!r}"
 
 
+def test_on_paper_a_dark_page_and_its_figures_are_light(context, address: str) -> None:
+    ink = "getComputedStyle(document.querySelector('.js-plotly-plot .xtick text')).fill"
+    with opened(context, address, "book/intro.html") as page:
+        light = page.evaluate(ink)
+        use_dark_theme(page)
+        assert page.evaluate(ink) != light
+        page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
+        page.wait_for_timeout(200)
+        assert page.evaluate("document.documentElement.dataset.theme") == "light"
+        assert page.evaluate(ink) == light
+        page.evaluate("window.dispatchEvent(new Event('afterprint'))")
+        page.wait_for_timeout(200)
+        assert page.evaluate("document.documentElement.dataset.theme") == "dark"
+        assert page.evaluate(ink) != light
+
+
 def test_the_first_page_leads_to_the_intro() -> None:
     assert "book/intro.html" in read(FIRST)
 

@@ -169,6 +169,17 @@
     document.head.append(script);
   }
 
+  // On paper the page is light, whatever the reader's theme: the figures follow the attribute as they do on the screen.
+  let theirs;
+  window.addEventListener("beforeprint", () => {
+    theirs = document.documentElement.dataset.theme;
+    document.documentElement.dataset.theme = "light";
+  });
+  window.addEventListener("afterprint", () => {
+    if (theirs === undefined) delete document.documentElement.dataset.theme;
+    else document.documentElement.dataset.theme = theirs;
+  });
+
   if (document.readyState === "loading") document.addEventListener("DOMContentLoaded", start);
   else start();
 })();
