@@ -106,7 +106,7 @@ POINTS = """() => {
 
 
 # Code of cells and set formulas that are wider than the column, and so cut at its edge.
-CUT = """() => [...document.querySelectorAll("div.cell_input pre, mjx-container[display=true]")]
+CUT = """() => [...document.querySelectorAll("div.cell .highlight pre, mjx-container[display=true]")]
     .filter(e => e.clientWidth && e.scrollWidth > e.clientWidth + 1)
     .map(e => `${e.scrollWidth} wide in a column of ${e.clientWidth}: ${e.textContent.trim().slice(0, 60)}`)
     .slice(0, 5)"""
