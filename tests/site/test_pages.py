@@ -112,6 +112,12 @@ CUT = """() => [...document.querySelectorAll("div.cell .highlight pre, mjx-conta
     .slice(0, 5)"""
 
 
+# Figures that are taller than their places, so that the text below hides their lower ends.
+CLIPPED = """() => [...document.querySelectorAll(".polylib-plot")]
+    .map(e => [e.clientHeight, e.querySelector("svg.main-svg").clientHeight])
+    .filter(([place, figure]) => figure > place).map(([place, figure]) => `${figure} pixels in a place of ${place}`)"""
+
+
 @pytest.fixture(scope="module")
 def context(browser) -> Iterator:
     context = browser.new_context(viewport=DESK)
@@ -149,8 +155,9 @@ def take_screenshots(page, folder: Path | None, name: str) -> None:
 
 @pytest.mark.parametrize("page_name", PAGES)
 def test_page(context, address: str, screenshots: Path | None, page_name: str) -> None:
-    """No error, no other host; every formula set; every figure drawn at every point; texts in their places and legible
-    in both themes; code and formulas as wide as the column; on a phone no sideways scroll."""
+    """No error, no other host; every formula set; every figure drawn at every point, and whole when the window changes;
+    texts in their places and legible in both themes; code and formulas as wide as the column; on a phone no sideways
+    scroll."""
     with opened(context, address, page_name) as page:
         math = page.evaluate(MATH)
         assert not math["unset"], f"formulas that were not set: {math['unset'][:5]}"
@@ -173,6 +180,7 @@ def test_page(context, address: str, screenshots: Path | None, page_name: str) -
 
         page.set_viewport_size(DESK)
         use_dark_theme(page)
+        assert not (clipped := page.evaluate(CLIPPED)), "\n".join(clipped)
         worst = page.evaluate(CONTRAST)
         take_screenshots(page, screenshots, f"{name_of(page_name)}-dark")
         assert worst is None or worst["ratio"] >= 4.5, f"contrast {worst['ratio']:.1f} of {worst['text']!r}"

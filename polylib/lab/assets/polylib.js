@@ -90,6 +90,8 @@
       layout.margin = { l: 50, r: 10, b: 110 + more, ...layout.margin, t: 60 };
       layout.legend = { yref: "container", y: 0, yanchor: "bottom", ...layout.legend };
     }
+    // When the window changes its width, plotly gives the figure the height of its place.
+    place.style.height = layout.height ? `${layout.height}px` : "";
     const notes = figure.layout.annotations || [];
     const titles = broken.get(place) || {};
     layout.annotations = notes.map((note) => (note.text in titles ? { ...note, text: titles[note.text] } : { ...note }));
