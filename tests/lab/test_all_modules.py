@@ -20,14 +20,13 @@ import polylib
 from polylib import neurons, optimization, quantization, regimes
 from polylib.lab import transformer
 
-OPTIONAL = {"polylib.kernels.bench"}  # what measures, and holds no modules
 
 
 def collected() -> dict[str, type[nn.Module]]:
     """All classes of modules whose names have no underscore, by name."""
     found = {}
     for info in pkgutil.walk_packages(polylib.__path__, "polylib."):
-        if info.name in OPTIONAL or info.name.rpartition(".")[2].startswith("_"):
+        if info.name.rpartition(".")[2].startswith("_"):
             continue
         for name, kind in vars(importlib.import_module(info.name)).items():
             own = inspect.isclass(kind) and issubclass(kind, nn.Module) and kind.__module__ == info.name
