@@ -65,7 +65,9 @@ def read_executed(path: Path) -> NotebookNode | None:
 
 
 def kept(digest: str) -> NotebookNode | None:
-    """The executed notebook of a digest. A file that is broken counts as nothing."""
+    """The executed notebook of a digest. A file that is broken counts as nothing, and `FRESH=1` ignores all."""
+    if os.environ.get("FRESH", "") not in ("", "0"):
+        return None
     path = cache_folder() / f"{digest}.ipynb"
     notebook = read_executed(path)
     if notebook is None or notebook.metadata.polylib.get("digest") != digest:
@@ -125,9 +127,11 @@ def complaints(notebook: NotebookNode) -> Iterator[str]:
 class Collect:
     """A pytest plugin: takes each notebook as soon as it has run, so that a killed run loses only what was running."""
 
-    def __init__(self, folder: Path, notebooks: dict[Path, NotebookNode], t: float, store: bool) -> None:
-        self.folder, self.notebooks, self.t, self.store = folder, notebooks, t, store
-        self.digests = {path: digest_of(notebook) for path, notebook in notebooks.items()}
+    def __init__(
+        self, folder: Path, notebooks: dict[Path, NotebookNode], t: float, store: bool, variant: str = ""
+    ) -> None:
+        self.folder, self.notebooks, self.t, self.store, self.variant = folder, notebooks, t, store, variant
+        self.digests = {path: digest_of(notebook) + variant for path, notebook in notebooks.items()}
         self.runs: dict[Path, Run] = {}
         self.executed: dict[Path, NotebookNode] = {}
 
@@ -155,10 +159,13 @@ class Collect:
             self.executed[source] = with_outputs(self.notebooks[source], executed)
             if self.store:
                 keep(executed)
-                write_atomic(self.executed[source], executed_path(source))
+                if not self.variant:
+                    write_atomic(self.executed[source], executed_path(source))
 
 
-def run(notebooks: dict[Path, NotebookNode], folder: Path, *, workers: int = 0, store: bool = False) -> Collect:
+def run(
+    notebooks: dict[Path, NotebookNode], folder: Path, *, workers: int = 0, store: bool = False, variant: str = ""
+) -> Collect:
     """Execute notebooks in a folder of their own, and hand back what came out.
 
     Args:
@@ -166,11 +173,12 @@ def run(notebooks: dict[Path, NotebookNode], folder: Path, *, workers: int = 0, 
         folder: a folder inside the project, emptied before and removed after.
         workers: how many run at once; as many as there are cores by default.
         store: whether what ran is kept.
+        variant: what is added to the digests: outputs under it are kept beside the ordinary ones, and don't become them.
     """
     shutil.rmtree(folder, ignore_errors=True)
     workers = min(workers or pace.cores(), len(notebooks))
     t = pace.measure(workers)
-    collect = Collect(folder, notebooks, t, store)
+    collect = Collect(folder, notebooks, t, store, variant)
     # A folder for each notebook, so that one that leaves files behind is found out. What took longest starts first.
     last = {path: (read_executed(executed_path(path)) or {}).get("metadata", {}) for path in notebooks}
     order = sorted(notebooks, key=lambda path: -last[path].get("polylib", {}).get("seconds", 1e9))
@@ -216,10 +224,9 @@ def execute(wanted: dict[Path, NotebookNode] | None = None) -> dict[Path, Run]:
     for path in EXECUTED.glob("*/**/*.ipynb"):
         if path.relative_to(EXECUTED).with_suffix(".md") not in everything:
             path.unlink()  # its source is gone
-    fresh = os.environ.get("FRESH", "") not in ("", "0")
     runs, stale = {}, {}
     for path, notebook in notebooks.items():
-        old = None if fresh else kept(digest_of(notebook))
+        old = kept(digest_of(notebook))
         if old is None:
             stale[path] = notebook
             executed_path(path).unlink(missing_ok=True)

@@ -1,8 +1,9 @@
 """python -m tools.robust [chapter ...]: the verdicts under the vector instructions of other processors.
 
 Each notebook, all by default, is executed three times: with PyTorch's, MKL's and oneDNN's plain instructions, with
-AVX2, and with the machine's own; for the last, outputs that are kept serve. The ordinary outputs are not touched. The
-table has the claims whose verdicts differ first. `--library` runs the library's tests in the same three ways.
+AVX2, and with the machine's own. The ordinary outputs serve for the last and are not touched; those of the other two
+are kept beside them, so that a run that was stopped goes on (`FRESH=1` ignores them all). The table has the claims whose
+verdicts differ first. `--library` runs the library's tests in the same three ways.
 """
 
 import argparse
@@ -58,9 +59,11 @@ def verdicts(names: Iterable[str], workers: int) -> bool:
     for way, settings in WAYS.items():
         print(f"\n== {way}: {len(notebooks)} notebooks", flush=True)
         switch(settings)
-        executed = {} if settings else {path: done for path in notebooks if (done := kept(digest_of(notebooks[path])))}
+        variant = f"-{way}" if settings else ""
+        executed = {path: done for path in notebooks if (done := kept(digest_of(notebooks[path]) + variant))}
         if stale := {path: notebook for path, notebook in notebooks.items() if path not in executed}:
-            done = run(stale, EXECUTED / f"robust-{os.getpid()}", workers=workers)
+            folder = EXECUTED / f"robust-{os.getpid()}"
+            done = run(stale, folder, workers=workers, store=bool(variant), variant=variant)
             failed += [f"{way}: {problem}" for took in done.runs.values() for problem in took.problems]
             executed |= done.executed
         found[way] = {

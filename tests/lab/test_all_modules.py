@@ -21,7 +21,6 @@ from polylib import neurons, optimization, quantization, regimes
 from polylib.lab import transformer
 
 
-
 def collected() -> dict[str, type[nn.Module]]:
     """All classes of modules whose names have no underscore, by name."""
     found = {}
