@@ -173,7 +173,7 @@ def run(
         folder: a folder inside the project, emptied before and removed after.
         workers: how many run at once; as many as there are cores by default.
         store: whether what ran is kept.
-        variant: what is added to the digests: outputs under it are kept beside the ordinary ones, and don't become them.
+        variant: what is added to the digests: outputs under it are kept beside the ordinary ones.
     """
     shutil.rmtree(folder, ignore_errors=True)
     workers = min(workers or pace.cores(), len(notebooks))

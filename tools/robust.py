@@ -2,8 +2,8 @@
 
 Each notebook, all by default, is executed three times: with PyTorch's, MKL's and oneDNN's plain instructions, with
 AVX2, and with the machine's own. The ordinary outputs serve for the last and are not touched; those of the other two
-are kept beside them, so that a run that was stopped goes on (`FRESH=1` ignores them all). The table has the claims whose
-verdicts differ first. `--library` runs the library's tests in the same three ways.
+are kept beside them, so that a run that was stopped goes on (`FRESH=1` ignores them all). The table has the claims
+whose verdicts differ first. `--library` runs the library's tests in the same three ways.
 """
 
 import argparse
