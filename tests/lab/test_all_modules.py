@@ -72,12 +72,14 @@ EXAMPLES: dict[str, tuple[Callable[[], nn.Module], Callable[[int], torch.Tensor]
     ),
     "GroupRational": (lambda: neurons.GroupRational(8, groups=2), lambda n: torch.randn(n, 8)),
     "LSQQuantizer": (lambda: quantization.LSQQuantizer(4, axis=-1), lambda n: torch.randn(n, 6)),
+    "LinearizedModel": (lambda: regimes.LinearizedModel(nn.Linear(8, 6)), lambda n: torch.randn(n, 8)),
     "PHConv1d": (lambda: neurons.PHConv1d(4, 6, 3, n=2), lambda n: torch.randn(n, 4, 9)),
     "PHConv2d": (lambda: neurons.PHConv2d(4, 6, 3, n=2), lambda n: torch.randn(n, 4, 7, 6)),
     "PHConv3d": (lambda: neurons.PHConv3d(4, 6, 2, n=2), lambda n: torch.randn(n, 4, 3, 4, 5)),
     "PHMLinear": (lambda: neurons.PHMLinear(8, 6, 2), lambda n: torch.randn(n, 8)),
     "PolyNorm": (neurons.PolyNorm, lambda n: torch.randn(n, 8)),
     "PolyReLU": (neurons.PolyReLU, lambda n: torch.randn(n, 8)),
+    "PolynomialTwoLayer": (lambda: regimes.PolynomialTwoLayer(8, 6, 1.0, 0.5), lambda n: torch.randn(n, 8)),
     "PrunedKANLinear": (pruned, lambda n: uniform(n, 6)),
     "QKNormAttention": (lambda: optimization.QKNormAttention(8, 2), lambda n: torch.randn(n, 5, 8)),
     "QKReparamAttention": (lambda: quantization.QKReparamAttention(8, 2, 4), lambda n: torch.randn(n, 5, 8)),
@@ -102,6 +104,7 @@ NOT_HERE = {
         (name, "empty"): "a weight without entries has no step: refused by name"
         for name in ("BinaryQuantizer", "FixedPointQuantizer", "StatsQuantizer", "UniformQuantizer")
     },
+    ("LinearizedModel", "export"): "torch.export fixes the sizes of what torch.func.jvp differentiates",
     ("PrunedKANLinear", "meta"): "which parameters it has depends on the values of the layer that was pruned",
 }
 
