@@ -209,6 +209,10 @@ _forward.register_autograd(_gradients, setup_context=_save)
 def phm_linear(x: Tensor, A: Tensor, S: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:
     """Return `x @ kronecker_weight(A, S).T + bias`; up to 32 rows of x without building the weight.
 
+    An entry that is infinite makes the same results not finite either way, but the order of the sums decides which are
+    infinite and which NaN: one of x meets several entries of A before they are added up, one of S several of A in the
+    built weight. Near the largest number of the dtype, a sum may overflow in one of the two orders alone.
+
     Args:
         x: (..., I), any strides.
         A: (n, n, n).
