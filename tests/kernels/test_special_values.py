@@ -49,8 +49,10 @@ def evonorm(x, weight, bias, v, backend):
 
 IMAGES = random(1, 8, 3, 3)
 LASTS = IMAGES.contiguous(memory_format=torch.channels_last)
+WIDE = random(1, 8, 4, 4)  # rows of memory that are a multiple of 16 bytes: a third kernel
 PARAMETERS = [random(8, seed=seed) for seed in (1, 2, 3)]
 QUADRATIC = [random(*shape, seed=seed) for seed, shape in enumerate([(4, 5), (4,)] * 3, 1)]
+PHM = [random(3, 8), random(4, 4, 4, seed=1), random(4, 2, 2, seed=2), random(8, seed=3)]
 CASES = {
     "poly_relu": (kernels.poly_relu, [random(4, 8), random(3, seed=1), random(1, seed=2)]),
     "poly_norm": (kernels.poly_norm, [random(4, 8), random(3, seed=1), random(1, seed=2)]),
@@ -59,6 +61,7 @@ CASES = {
     "fake_quantize": (quantize, [random(4, 8), torch.tensor([0.3, 0.2, 0.7, 1.0])]),
     "evonorm_s0": (evonorm, [IMAGES, *PARAMETERS]),
     "evonorm_s0 channels_last": (evonorm, [LASTS, *PARAMETERS]),
+    "evonorm_s0 wide": (evonorm, [WIDE, *PARAMETERS]),
     "quadratic_linear": (quadratic, [random(3, 5), *QUADRATIC]),
     "stats_quantize": (lambda w, backend: kernels.stats_quantize(w, 3, backend=backend), [random(3, 8)]),
 }
@@ -78,17 +81,17 @@ def with_value(inputs, position, value):
     return inputs
 
 
-# By op and input: the values at which the numbers in the gradients differ. The gradient of x sums products with an
-# infinite coefficient. The formula forms the products first, and infinities of both signs meet; the kernel takes the
-# coefficient out of the sum. Near the largest float32, the order decides which product overflows.
+# By op and input: the values at which the gradients are not finite in different places.
 DIFFERENT = {
-    ("poly_norm", 1): [3e38, *INFINITIES],
+    # The kernel multiplies the derivative of A by F once, the formula each of its terms: inf - inf. To follow it would
+    # cost backward three products more an entry.
+    ("group_rational B", 1): [3e38, *INFINITIES],
+    # Within a factor of three of the largest float32: which product, or partial sum, overflows depends on their order.
+    ("poly_norm", 1): [3e38],
     ("group_rational A", 1): [3e38],
     ("group_rational A", 2): [3e38],
-    ("group_rational B", 1): [3e38, *INFINITIES],
     ("group_rational B", 2): [3e38],
-    ("evonorm_s0", 1): [3e38],
-    ("evonorm_s0 channels_last", 1): [3e38, *INFINITIES],
+    ("evonorm_s0 wide", 1): [3e38],
     ("quadratic_linear", 0): [3e38],
     ("quadratic_linear", 2): [3e38],
     ("quadratic_linear", 4): [3e38],
@@ -106,12 +109,22 @@ def test_where_results_are_not_finite(name, position, device):
 
 @pytest.mark.parametrize("position", range(4))
 def test_phm_linear_and_the_factored_product(position, device):
-    inputs = [random(3, 8), random(4, 4, 4, seed=1), random(4, 2, 2, seed=2), random(8, seed=3)]
     for value in VALUES:
         with torch.no_grad():
-            changed = with_value(inputs, position, value)
+            changed = with_value(PHM, position, value)
             results = [kernels.phm_linear(*changed, backend="triton"), phm_linear_factored(*changed)]
         assert torch.equal(*map(kind, results)), value
+
+
+@pytest.mark.parametrize("value", [*INFINITIES, float("nan")])
+@pytest.mark.parametrize("position", range(4))
+def test_phm_linear_and_the_built_weight(position, value, device):
+    """The same results are not finite. Which of them are NaN hangs on the order of the sums, as the docstring says."""
+    inputs = with_value(PHM, position, value)
+    with torch.no_grad():
+        results = [kernels.phm_linear(*inputs, backend=backend) for backend in ("triton", "reference")]
+    assert torch.equal(*(t.isfinite() for t in results))
+    assert not results[0].isfinite().all()
 
 
 @pytest.mark.parametrize("position", range(4))
