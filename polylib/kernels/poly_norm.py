@@ -125,17 +125,23 @@ def _row_scales(s2, s4, s6, inverse, H: tl.constexpr, eps):
 
 
 @triton.jit
-def _value(v, r1, r2, r3, a1, a2, a3, a0):
+def _value(v, c1, c2, c3, a0):
+    """The result, with c = a r: the products are formed, and added, in the order of the definition."""
     vv = v * v
-    return a3 * (vv * v * r3) + a2 * (vv * r2) + a1 * (v * r1) + a0
+    return a0 + c1 * v + c2 * vv + c3 * (vv * v)
 
 
 @triton.jit
-def _slope(v, g, r1, r2, r3, t1, t2, t3, a1, a2, a3):
-    """The gradient of the row that was multiplied. The t of this function are already multiplied by r."""
+def _slope(v, g, c1, c2, c3, t1, t2, t3):
+    """The gradient of the row that was multiplied, with c = a r, and the t already multiplied by r.
+
+    The two terms are formed apart, as the definition's derivative has them: both are infinite where a coefficient is.
+    c t is formed ahead but for the third power, where it could fall below the least float32.
+    """
     vv = v * v
-    linear, square, cubic = g - t1 * v, g - t2 * vv, g - t3 * (vv * v)
-    return a1 * r1 * linear + 2 * a2 * (r2 * v) * square + 3 * a3 * (r3 * vv) * cubic
+    cubic = c3 * vv
+    along = v * (c1 * t1 + (2 * c2 * t2) * vv) + cubic * ((3 * t3) * (vv * v))
+    return g * (c1 + 2 * (c2 * v) + 3 * cubic) - along
 
 
 @triton.jit
@@ -201,7 +207,7 @@ def _forward_kernel(
         vv = v * v
         s2, s4, s6, _ = sum_of_four(vv, vv * vv, vv * vv * vv, tl.zeros_like(v))
         r1, r2, r3 = _row_scales(s2, s4, s6, inverse, H, eps)
-        store(y + out, _value(v, r1, r2, r3, a1, a2, a3, a0), ok)
+        store(y + out, _value(v, a1 * r1, a2 * r2, a3 * r3, a0), ok)
         # excerpt: end
     else:
         step = tl.cast(stride_h, tl.int64) * COLUMNS
@@ -214,7 +220,7 @@ def _forward_kernel(
         for start in range(0, H, COLUMNS):
             ok = (rows < M) & (cols < H - start)
             v = load(x + into, ok) * inverse
-            store(y + out, _value(v, r1, r2, r3, a1, a2, a3, a0), ok)
+            store(y + out, _value(v, a1 * r1, a2 * r2, a3 * r3, a0), ok)
             into += step
             out += COLUMNS
 
@@ -271,7 +277,7 @@ def _backward_kernel(
             vv, vv * vv, vv * vv * vv, g * v, g * vv, g * vv * v, g, tl.zeros_like(g)
         )
         r1, r2, r3, t1, t2, t3 = _row_terms(s2, s4, s6, S1, S2, S3, s0, inverse, sums, M, rows, H, eps)
-        store(grad_x + out, _slope(v, g, r1, r2, r3, t1, t2, t3, a1, a2, a3) * inverse, ok)
+        store(grad_x + out, _slope(v, g, a1 * r1, a2 * r2, a3 * r3, t1, t2, t3) * inverse, ok)
     else:
         step = tl.cast(stride_h, tl.int64) * COLUMNS
         inverse = tl.full((ROWS, 1), 1.0, tl.float32)
@@ -284,7 +290,7 @@ def _backward_kernel(
         for start in range(0, H, COLUMNS):
             ok = (rows < M) & (cols < H - start)
             v, g = load(x + into, ok) * inverse, load(grad + out, ok)
-            store(grad_x + out, _slope(v, g, r1, r2, r3, t1, t2, t3, a1, a2, a3) * inverse, ok)
+            store(grad_x + out, _slope(v, g, a1 * r1, a2 * r2, a3 * r3, t1, t2, t3) * inverse, ok)
             into += step
             out += COLUMNS
 
