@@ -62,21 +62,24 @@ def assert_near(actual, args, bits, **settings):
 # The tile is 2,048 entries: one row of 2,048 columns, 2,048 rows of one, or anything between.
 CASES = [
     pytest.param((1,), None, id="one"),
-    pytest.param((5000,), None, id="several-blocks"),
+    pytest.param((3000,), None, id="several-blocks"),
     pytest.param((3, 7, 5), None, id="per-tensor"),
     pytest.param((17, 33), 0, id="rows"),
     pytest.param((17, 33), -1, id="columns"),
     pytest.param((5, 9, 6), 1, id="tokens"),
     pytest.param((6, 3, 5, 5), 0, id="convolution"),
-    pytest.param((2, 2048), 0, id="exact-tile"),
-    pytest.param((3, 4100), 0, id="rows-of-several-blocks"),
-    pytest.param((130, 40), 1, id="several-programs"),
+    pytest.param((1, 2048), 0, id="exact-tile"),
+    pytest.param((2, 2100), 0, id="rows-of-several-blocks"),
+    pytest.param((70, 40), 1, id="several-programs"),
     pytest.param((7,), 0, id="vector"),
 ]
 
 
-@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
-@pytest.mark.parametrize("bits", [1, 2, 3, 8])
+# The codes are found in float32 whatever the dtype, so that one number of bits will do for halves.
+KINDS = [(1, torch.float32), (2, torch.float32), (8, torch.float32), (3, torch.float16), (3, torch.bfloat16)]
+
+
+@pytest.mark.parametrize(("bits", "dtype"), KINDS, ids=str)
 @pytest.mark.parametrize(("shape", "axis"), CASES)
 def test_triton_equals_the_formula_in_float64(shape, axis, bits, dtype, device):
     args = make(*shape, axis=axis, dtype=dtype, device=device)
@@ -85,21 +88,21 @@ def test_triton_equals_the_formula_in_float64(shape, axis, bits, dtype, device):
     assert_near(actual, args, bits, axis=axis)
 
 
-@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("bits", [1, 2, 5, 8])
 @pytest.mark.parametrize("clip", [True, False])
 @pytest.mark.parametrize("signed", [True, False])
 @pytest.mark.parametrize("function", [triton_op, fake_quantize], ids=["triton", "reference"])
 def test_every_setting(bits, clip, signed, function, device):
-    args = make(9, 40, axis=0, device=device)
+    args = make(6, 40, axis=0, device=device)
     settings = {"axis": 0, "signed": signed, "clip": clip}
     assert_near(run(function, args, bits=bits, **settings), args, bits, **settings)
     if bits > 1 or not signed:
-        zero = torch.arange(9.0, device=device) % 2**bits - (2 ** (bits - 1) if signed else 0)
+        zero = torch.arange(6.0, device=device) % 2**bits - (2 ** (bits - 1) if signed else 0)
         settings["zero_point"] = zero
         assert_near(run(function, args, bits=bits, **settings), args, bits, **settings)
 
 
-@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("bits", [1, 2, 3, 8])
 @pytest.mark.parametrize("signed", [True, False])
 @pytest.mark.parametrize("function", [triton_op, fake_quantize], ids=["triton", "reference"])
 def test_levels(bits, signed, function, device):
@@ -180,9 +183,8 @@ def test_a_step_of_zero_gives_zeros_and_no_gradient(bits, device):
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, from the interpreter
-@pytest.mark.parametrize("value", [1e4, 1e30, -0.0, float("inf"), float("-inf"), float("nan")])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("bits", [1, 4])
+@pytest.mark.parametrize("value", [1e30, -0.0, float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize(("bits", "dtype"), [(1, torch.float32), (4, torch.float32), (4, torch.bfloat16)], ids=str)
 def test_extreme_values_propagate_as_in_the_reference(value, dtype, bits, device):
     args = make(9, 5, axis=0, dtype=dtype, device=device)
     with torch.no_grad():
@@ -199,7 +201,7 @@ def test_extreme_values_propagate_as_in_the_reference(value, dtype, bits, device
 
 
 def test_gradients_are_the_same_bits_every_time(device):
-    args = make(5, 4100, device=device)
+    args = make(2, 4100, device=device)
     first, second = (run(triton_op, args, bits=3) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 

@@ -70,19 +70,21 @@ def assert_near(actual, args, variant="A"):
 SHAPES = [
     pytest.param((1,), 5, 2, id="one-row"),
     pytest.param((3,), 1, 1, id="one-channel"),
-    pytest.param((65,), 1, 3, id="width-1"),
-    pytest.param((70,), 24, 8, id="width-24"),
-    pytest.param((37,), 48, 2, id="width-48"),
-    pytest.param((33,), 96, 3, id="width-96"),
+    pytest.param((65,), 1, 2, id="width-1"),
+    pytest.param((11,), 24, 3, id="width-24"),
+    pytest.param((9,), 48, 2, id="width-48"),
+    pytest.param((12,), 96, 2, id="width-96"),
     pytest.param((32,), 32, 1, id="exact-tile"),
     pytest.param((), 6, 2, id="no-batch"),
-    pytest.param((2, 1, 9), 7, 4, id="leading-dims"),
-    pytest.param((3000,), 3, 2, id="several-strips"),
+    pytest.param((2, 1, 3), 7, 2, id="leading-dims"),
+    pytest.param((700,), 3, 2, id="several-strips"),
+    pytest.param((1,), 1056, 1, id="several-tiles-a-strip"),
 ]
+# Both variants widen and round in the same lines.
+KINDS = [(torch.float32, "A"), (torch.float32, "B"), (torch.float16, "A"), (torch.bfloat16, "B")]
 
 
-@pytest.mark.parametrize("variant", ["A", "B"])
-@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize(("dtype", "variant"), KINDS, ids=str)
 @pytest.mark.parametrize(("lead", "width", "groups"), SHAPES)
 def test_triton_equals_float64_reference(lead, width, groups, dtype, variant, device):
     args = make(*lead, width=width, groups=groups, rows=groups, dtype=dtype, device=device)
@@ -111,7 +113,7 @@ def test_float16_does_not_overflow_inside(device):
 
 @pytest.mark.parametrize("variant", ["A", "B"])
 def test_a_shared_numerator_gets_the_sum_of_the_gradients(variant, device):
-    x, a, b = make(50, width=6, groups=3, device=device)
+    x, a, b = make(20, width=6, groups=3, device=device)
     own = a.detach().expand(3, -1).clone().requires_grad_()
     shared, separate = run(triton_op, [x, a, b], 3, variant), run(triton_op, [x, own, b], 3, variant)
     assert torch.equal(shared[0], separate[0]) and torch.equal(shared[1], separate[1])
@@ -194,9 +196,8 @@ def test_no_rows(lead, backend, device):
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, from the interpreter
-@pytest.mark.parametrize("value", [1e4, -1e4, -0.0, float("inf"), float("-inf"), float("nan")])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("variant", ["A", "B"])
+@pytest.mark.parametrize("value", [1e4, -1e4, -0.0, float("-inf"), float("nan")])
+@pytest.mark.parametrize(("dtype", "variant"), KINDS[::3] + KINDS[1:2], ids=str)
 def test_extreme_values_propagate_as_in_the_reference(value, dtype, variant, device):
     args = make(9, dtype=dtype, device=device)
     with torch.no_grad():
@@ -210,7 +211,7 @@ def test_extreme_values_propagate_as_in_the_reference(value, dtype, variant, dev
 
 
 def test_gradients_are_the_same_bits_every_time(device):
-    args = make(3000, width=6, device=device)
+    args = make(700, width=3, device=device)
     assert all(torch.equal(p, q) for p, q in zip(run(triton_op, args, 2), run(triton_op, args, 2), strict=True))
 
 
@@ -240,8 +241,7 @@ def test_double_backward_through_triton_says_what_to_do(device):
         grad_x.sum().backward()
 
 
-@pytest.mark.parametrize("variant_b", [False, True])
-@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize(("variant_b", "rows"), [(False, 1), (True, 2)])
 def test_opcheck_forward(variant_b, rows, device):
     args = make(3, rows=rows, device=device)
     torch.library.opcheck(torch.ops.polylib.group_rational.default, (*args, 2, variant_b))

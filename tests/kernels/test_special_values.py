@@ -11,7 +11,7 @@ from polylib import kernels
 from polylib.kernels.phm_linear import phm_linear_factored
 
 INFINITIES = [float("inf"), float("-inf")]
-VALUES = [0.0, -0.0, 1e-45, -1e-42, 1e-38, 1e20, -1e30, 3e38, *INFINITIES, float("nan")]
+VALUES = [-0.0, 1e-45, 1e-38, 1e20, -1e30, 3e38, *INFINITIES, float("nan")]
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, from the interpreter
 
@@ -32,7 +32,7 @@ def random(*shape, seed=0):
 
 
 def rational(variant):
-    return lambda x, a, b, backend: kernels.group_rational(x, a, b, 2, variant, backend=backend)
+    return lambda x, a, b, backend: kernels.group_rational(x, a, b, 1, variant, backend=backend)
 
 
 def quantize(x, scale, backend):
@@ -44,20 +44,20 @@ def quadratic(*tensors, backend):
 
 
 def evonorm(x, weight, bias, v, backend):
-    return kernels.evonorm_s0(x, weight, bias, v, 4, backend=backend)
+    return kernels.evonorm_s0(x, weight, bias, v, 2, backend=backend)
 
 
-IMAGES = random(1, 8, 3, 3)
+IMAGES = random(1, 4, 3, 3)
 LASTS = IMAGES.contiguous(memory_format=torch.channels_last)
-WIDE = random(1, 8, 4, 4)  # rows of memory that are a multiple of 16 bytes: a third kernel
-PARAMETERS = [random(8, seed=seed) for seed in (1, 2, 3)]
+WIDE = random(1, 4, 4, 4)  # rows of memory that are a multiple of 16 bytes: a third kernel
+PARAMETERS = [random(4, seed=seed) for seed in (1, 2, 3)]
 QUADRATIC = [random(*shape, seed=seed) for seed, shape in enumerate([(4, 5), (4,)] * 3, 1)]
-PHM = [random(3, 8), random(4, 4, 4, seed=1), random(4, 2, 2, seed=2), random(8, seed=3)]
+PHM = [random(3, 4), random(2, 2, 2, seed=1), random(2, 2, 2, seed=2), random(4, seed=3)]
 CASES = {
     "poly_relu": (kernels.poly_relu, [random(4, 8), random(3, seed=1), random(1, seed=2)]),
     "poly_norm": (kernels.poly_norm, [random(4, 8), random(3, seed=1), random(1, seed=2)]),
-    "group_rational A": (rational("A"), [random(4, 8), random(2, 6, seed=1), random(2, 4, seed=2)]),
-    "group_rational B": (rational("B"), [random(4, 8), random(2, 6, seed=1), random(2, 4, seed=2)]),
+    "group_rational A": (rational("A"), [random(4, 8), random(1, 6, seed=1), random(1, 4, seed=2)]),
+    "group_rational B": (rational("B"), [random(4, 8), random(1, 6, seed=1), random(1, 4, seed=2)]),
     "fake_quantize": (quantize, [random(4, 8), torch.tensor([0.3, 0.2, 0.7, 1.0])]),
     "evonorm_s0": (evonorm, [IMAGES, *PARAMETERS]),
     "evonorm_s0 channels_last": (evonorm, [LASTS, *PARAMETERS]),
@@ -76,7 +76,7 @@ def differences(function, inputs):
 def with_value(inputs, position, value):
     inputs = [t.clone() for t in inputs]
     t = inputs[position]
-    where = (0, 3, 1, 1) if t.dim() == 4 else tuple(size // 2 for size in t.shape)
+    where = (0, 1, 1, 1) if t.dim() == 4 else tuple(size // 2 for size in t.shape)
     t[where] = value
     return inputs
 
