@@ -380,12 +380,12 @@ def _lanes_backward_kernel(
         gate = tl.where(ok, tl.sigmoid(slope * tile), 0.0)
         beta_terms += g
         gamma_terms += g * (tile * gate)
-        v_terms += tl.where(ok, g * factor * tile * gate * (1.0 - gate) * tile, 0.0)
+        v_terms += g * tile * gate * (1.0 - gate) * (tile * rstd[None, :])
     sum_gamma = tl.sum(gamma_terms, axis=0) * rstd
     out = partial + sample * C + channel
     tl.store(out, sum_gamma, mask=lane_ok)
     tl.store(out + plane, tl.sum(beta_terms, axis=0), mask=lane_ok)
-    tl.store(out + 2 * plane, tl.sum(v_terms, axis=0), mask=lane_ok)
+    tl.store(out + 2 * plane, tl.sum(v_terms, axis=0) * gamma, mask=lane_ok)
     if NEED_X:
         pull = _over_groups(gamma * sum_gamma, D, GROUPS, LANES) * rstd * rstd / (tl.cast(P, tl.float32) * D)
         for p in range(0, P, BLOCK_P):
@@ -424,8 +424,6 @@ def _launch(kernels: dict[str, Any], x: Tensor, groups: int, tensors: tuple, ext
         programs = N * triton.cdiv(groups, together)
         sizes: tuple[int, ...] = (C // part, groups, P)
         options |= {"D": D, "UNIT": part, "GROUPS": together, "LANES": lanes, "num_warps": 8}
-        if "NEED_X" in options and x.itemsize == 4:
-            options |= registers(80)
         options["BLOCK_P"] = min(max(1, 2048 // lanes), triton.next_power_of_2(P))
     elif way == "run":
         block = triton.next_power_of_2(D * P)
