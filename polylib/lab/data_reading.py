@@ -104,11 +104,11 @@ def _attributes(reader: "Reader", value: Any) -> str:
                 except AttributeError:  # an empty slot
                     continue
     if isinstance(value, torch.nn.Module):
-        own |= _hooks(own)
+        own |= hooks(own)
     return reader.named("attributes", sorted((str(name), item) for name, item in own.items()))
 
 
-def _hooks(own: dict[str, Any]) -> dict[str, Any]:
+def hooks(own: dict[str, Any]) -> dict[str, Any]:
     """The hooks of a network by their order: torch numbers them from the start of the process."""
     all_hooks = {name: item for name, item in own.items() if "_hooks" in name and isinstance(item, dict)}
     numbers = sorted({number for item in all_hooks.values() for number in item})
@@ -144,10 +144,10 @@ def _array(reader: "Reader", value: np.ndarray) -> str:
 
 def _tensor(reader: "Reader", value: torch.Tensor) -> str:
     with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
-        head = f"{value.dtype} {tuple(value.shape)} {value.device.type} {value.requires_grad} {value.layout}"
         if value.grad_fn is not None:
             return reader.unknown(value, "has come from a computation that it keeps for its gradient (see .detach())")
         try:
+            head = f"{value.dtype} {tuple(value.shape)} {value.device.type} {value.requires_grad} {value.layout}"
             if value.is_meta:
                 content = ""
             elif value.is_quantized or value.layout not in (torch.strided, torch.sparse_coo):

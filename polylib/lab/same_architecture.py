@@ -1,28 +1,34 @@
 """Whether modules differ in nothing but the values of their parameters and buffers, as one forward for all supposes."""
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 from types import FunctionType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from polylib.lab.data_reading import hooks
+from polylib.lab.origin import is_own
+from polylib.lab.reading import Reader
+
 _OF_EVERY_MODULE = set(vars(nn.Module()))
+_MISSING = ("", "missing")
 
 
 def check_same_architecture(models: Sequence[nn.Module]) -> None:
     """Raise for the first way in which a model is not like the first one.
 
-    Compared are the submodules, their modes and what a reader can set on them (numbers, names, functions, tensors that
-    are no buffers); shapes, dtypes and devices of parameters and buffers; which parameters are frozen; and which of
-    them are one and the same tensor.
+    Compared are the submodules, their classes, modes and hooks, and by its content all that a reader can set on them
+    (numbers, functions, objects of any class, tensors that are no buffers); shapes, dtypes and devices of parameters
+    and buffers; which parameters are frozen; and which of them are one and the same tensor.
 
     Raises:
         ValueError: with the name of what differs; for a module that has not seen its first input and still lacks its
-            shapes; for two models with a trained parameter or a buffer in common.
-        TypeError: something that is not a module.
+            shapes; for two models with a trained parameter or a buffer in common; for complex parameters, hooks on
+            parameters, and functions through which a model reaches itself: these would act on the wrong tensors.
+        TypeError: something that is not a sequence of modules.
     """
+    if not isinstance(models, Sequence | nn.ModuleList):
+        raise TypeError(f"models must be a list of torch modules, got {type(models).__name__}")
     if not models:
         raise ValueError("models must be at least one network, got an empty list")
     for k, model in enumerate(models):
@@ -31,17 +37,55 @@ def check_same_architecture(models: Sequence[nn.Module]) -> None:
         for name, tensor in model.named_parameters():
             if nn.parameter.is_lazy(tensor):
                 raise ValueError(f"models must have seen their first input, got models[{k}] with {name!r} still lazy")
+            if tensor.requires_grad and tensor.is_complex():
+                raise ValueError(f"models must have real parameters, got {name!r} of {tensor.dtype} in models[{k}]")
+            if tensor._backward_hooks or tensor._post_accumulate_grad_hooks:
+                raise ValueError(f"models must have no hooks on parameters, got one on {name!r} of models[{k}]")
     _check_apart(models)
-    first = _description(models[0])
+    reader = _Reader(models)
+    first = _description(models[0], reader)
     for k, model in enumerate(models[1:], start=1):
-        other = _description(model)
+        other = _description(model, reader)
         for what in (*first, *(extra for extra in other if extra not in first)):
-            mine, its = first.get(what, "missing"), other.get(what, "missing")
-            if _differ(mine, its):
+            (mine, shown), (its, shown_its) = first.get(what, _MISSING), other.get(what, _MISSING)
+            if mine != its:
+                words = shown, shown_its if shown_its != shown else f"something else that is written {shown_its}"
                 raise ValueError(
                     "models must differ in nothing but the values of their parameters and buffers, got "
-                    f"{what} = {_short(mine)} in models[0] and {_short(its)} in models[{k}]"
+                    f"{what} = {words[0]} in models[0] and {words[1]} in models[{k}]"
                 )
+
+
+class _Reader(Reader):
+    """Reads what modules hold. A part of a model counts by its name in it."""
+
+    def __init__(self, models: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self._parts: dict[int, str] = {}
+        self._in_functions = 0
+        for model in models:
+            for name, part in (*model.named_modules(), *_tensors(model)):
+                self._parts.setdefault(id(part), name or "the model")
+
+    def digest(self, value: Any, name: str | None = None) -> str:
+        part = self._parts.get(id(value))
+        if part is None:
+            return super().digest(value, name)
+        if self._in_functions:
+            raise ValueError(
+                "models must not hold functions that reach a model by a name, since in a stack all networks would use "
+                f"the tensors of that one, got a function that reaches {part!r}"
+            )
+        return self.join("part", part)
+
+    def _read(self, value: Any) -> str:
+        # torch's own functions, as those of a parametrization, are handed the module that they act on
+        of_reader = isinstance(value, FunctionType) and is_own(value.__globals__.get("__name__"))
+        self._in_functions += of_reader
+        try:
+            return super()._read(value)
+        finally:
+            self._in_functions -= of_reader
 
 
 def _check_apart(models: Sequence[nn.Module]) -> None:
@@ -56,16 +100,16 @@ def _check_apart(models: Sequence[nn.Module]) -> None:
                 )
 
 
-def _description(model: nn.Module) -> dict[str, Any]:
-    """What is compared, by a name that an error can show."""
+def _description(model: nn.Module, reader: _Reader) -> dict[str, tuple[str, str]]:
+    """What is compared, by a name that an error can show: a digest, and a short text."""
     found: dict[str, Any] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         dot = f"{path}." if path else ""
-        found[f"type({path or 'model'})"] = type(module).__qualname__
-        found[f"{dot}training"] = module.training
-        for name, value in vars(module).items():
-            if name not in _OF_EVERY_MODULE:
-                found[f"{dot}{name}"] = value
+        found[f"type({path or 'model'})"] = type(module)
+        own = {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
+        of_calls = {name: items for name, items in hooks(vars(module)).items() if "ward" in name and items}
+        for name, value in ({"training": module.training} | own | of_calls).items():
+            found[f"{dot}{name}"] = value
     places: dict[int, str] = {}
     for name, tensor in _tensors(model):
         kind = "parameter" if isinstance(tensor, nn.Parameter) else "buffer"
@@ -74,7 +118,7 @@ def _description(model: nn.Module) -> dict[str, Any]:
         shared = f", the same as {places[id(tensor)]}" if id(tensor) in places else ""
         found[f"tensor {name}"] = f"{frozen}{kind}, {shape}, {tensor.dtype}, on {tensor.device}{shared}"
         places.setdefault(id(tensor), name)
-    return found
+    return {what: (reader.digest(value), _short(value)) for what, value in found.items()}
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -82,35 +126,6 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_buffers(remove_duplicate=False)
 
 
-def _differ(a: Any, b: Any, depth: int = 4) -> bool:
-    """Whether two values are certainly different; what can't be compared counts as equal."""
-    if a is b or depth == 0:
-        return False
-    if type(a) is not type(b):
-        return True
-    if isinstance(a, nn.Parameter):
-        return False
-    if isinstance(a, Tensor):
-        return a.shape != b.shape or a.dtype != b.dtype or a.device != b.device or not torch.equal(a, b)
-    if isinstance(a, (bool, int, float, complex, str, bytes, torch.dtype, torch.device)):
-        return a != b and not (a != a and b != b)
-    if isinstance(a, (tuple, list)):
-        return len(a) != len(b) or any(_differ(x, y, depth - 1) for x, y in zip(a, b, strict=True))
-    if isinstance(a, dict):
-        return a.keys() != b.keys() or any(_differ(a[key], b[key], depth - 1) for key in a)
-    if isinstance(a, FunctionType):
-        return a.__code__ != b.__code__ or _differ(_bound(a), _bound(b), depth - 1)
-    if isinstance(a, partial):
-        return _differ((a.func, a.args, a.keywords), (b.func, b.args, b.keywords), depth - 1)
-    return False
-
-
-def _bound(function: FunctionType) -> tuple:
-    """The values that a function carries besides its code."""
-    cells = [cell.cell_contents for cell in function.__closure__ or ()]
-    return tuple(cells), function.__defaults__, function.__kwdefaults__
-
-
 def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else repr(value)
+    text = value if isinstance(value, str) else value.__qualname__ if isinstance(value, type) else repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -1,12 +1,12 @@
 """Many networks of one architecture, trained as one: parameters stacked along a first axis, losses mapped over it."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Sized
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from polylib._checks import choice, integer
+from polylib._checks import choice, integer, number
 from polylib.lab.progress_bar import progress
 from polylib.lab.same_architecture import check_same_architecture
 from polylib.lab.schedules import Schedule, constant
@@ -65,7 +65,9 @@ class Stack:
         usual = {"weight_decay": weight_decay, "momentum": momentum, "betas": betas, "eps": epsilon}
         settings = settings_of(models, groups, usual)
         self._update = optimizer if callable(optimizer) else OPTIMIZERS[choice("optimizer", optimizer, OPTIMIZERS)]
-        self._clip = None if clip is None else torch.tensor(per_network("clip", clip, len(models)))
+        self._clip = None
+        if clip is not None:
+            self._clip = torch.tensor([number("clip", own, least=0) for own in per_network("clip", clip, len(models))])
         self._call = StackedCall(models[0])
         seen = [dict(model.named_parameters()) for model in models]
         held = {name: torch.stack([own[name].detach() for own in seen]) for name in seen[0]}
@@ -112,11 +114,13 @@ class Stack:
 
         def scored(model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
             result = loss(model, batch)
-            value, extra = result if isinstance(result, tuple) else (result, ())
-            if not torch.is_tensor(value) or value.numel() != 1:
+            value, extra = result if isinstance(result, tuple) and len(result) == 2 else (result, ())
+            if not torch.is_tensor(value) or value.numel() != 1 or value.is_complex():
                 raise ValueError(f"loss must be one number for each network, got {shape_of(value)}")
             return value.reshape(()), extra
 
+        if not torch.is_tensor(factor) or factor.shape not in ((), (1,), (len(self),)):
+            factor = number("factor", factor)
         with torch.enable_grad():
             (values, extra), self.buffers = self._call.map(scored, self._frozen | trained | self.buffers, batch, shared)
             if not values.requires_grad:
@@ -149,14 +153,24 @@ class Stack:
 
         Returns:
             `loss`, `(K, steps)`; with `watch`, `watched`, `(K, 1 + steps // watch_every, ...)`.
+
+        Raises:
+            ValueError: as `step`; `steps` that is missing or less than the batches.
         """
         watch_every = integer("watch_every", watch_every, 1)
-        total = len(batches) if steps is None else steps  # type: ignore[arg-type]
-        losses, watched = [], [watch(self.parameters)] if watch else []
+        if steps is None and not isinstance(batches, Sized):
+            raise ValueError(f"steps must be given for batches without a length, got {type(batches).__name__}")
+        total = len(batches) if steps is None else integer("steps", steps, 0)  # type: ignore[arg-type]
+        losses, watched = [], [watch(self.parameters).clone()] if watch else []  # not a view of what will change
         for step, batch in enumerate(progress(batches, f"training {len(self)} networks", total)):
-            losses.append(self.step(loss, batch, shared=shared, factor=schedule(step / total)))
+            if step == total:
+                raise ValueError(f"steps must be the number of batches, got {total} and one batch more")
+            value = self.step(loss, batch, shared=shared, factor=schedule(step / total))
+            if not torch.is_tensor(value):
+                raise ValueError("loss must be one number for each network here, got a pair, which `step` takes")
+            losses.append(value)
             if watch and (step + 1) % watch_every == 0:
-                watched.append(watch(self.parameters))
+                watched.append(watch(self.parameters).clone())
         curve = torch.stack(losses, 1) if losses else self._blocks[0].rate.new_zeros(len(self), 0)
         return {"loss": curve} | ({"watched": torch.stack(watched, 1)} if watch else {})
 
@@ -177,17 +191,31 @@ class Stack:
             for name, parameter in model.named_parameters():
                 if name not in self._frozen:
                     parameter.copy_(self.parameters[name][k])
-            for name, buffer in model.named_buffers():
-                buffer.copy_(self.buffers[name][k])
+            present = dict(model.named_buffers())
+            for name, value in self.buffers.items():
+                if name in present and present[name].shape == value.shape[1:]:
+                    present[name].copy_(value[k])
+                else:  # a forward has made it, or given it another shape
+                    path, _, leaf = name.rpartition(".")
+                    setattr(model.get_submodule(path), leaf, value[k].clone())
 
     def keep(self, rows: Tensor | Sequence[int]) -> None:
         """Go on with these networks alone, in this order; the others have been written back.
 
         Args:
             rows: their places, or a mask `(K,)`.
+
+        Raises:
+            ValueError: none of them, one twice, or one that is not there.
         """
+        given = torch.as_tensor(rows, device="cpu")
+        try:
+            rows = torch.arange(len(self))[given].tolist()
+        except IndexError:
+            rows = []
+        if not rows or len(set(rows)) < len(rows):
+            raise ValueError(f"rows must be places of {len(self)} networks, each once, or a mask, got {given.tolist()}")
         self.write_back()
-        rows = torch.arange(len(self))[torch.as_tensor(rows, device="cpu")].tolist()
         self.models = [self.models[k] for k in rows]
         self.buffers = {name: value[rows] for name, value in self.buffers.items()}
         self._frozen = {name: value[rows] for name, value in self._frozen.items()}

@@ -11,7 +11,7 @@ from polylib._checks import number
 Groups = Sequence[Sequence[dict[str, Any]]] | Sequence[float] | Tensor | float
 
 # Settings of torch's optimizers that would change the training and are not offered here.
-_NOT_OFFERED = ("nesterov", "dampening", "maximize", "amsgrad")
+_NOT_OFFERED = ("nesterov", "dampening", "maximize", "amsgrad", "decoupled_weight_decay")
 
 
 class Settings(NamedTuple):
@@ -32,6 +32,7 @@ def settings_of(models: Sequence[nn.Module], groups: Groups, defaults: dict[str,
     """
     count = len(models)
     lists, rates = _as_lists(models, groups)
+    _check_pair(defaults["betas"])
     betas = zip(*(per_network("betas", beta, count) for beta in defaults["betas"]), strict=True)
     columns = {name: per_network(name, value, count) for name, value in defaults.items() if name != "betas"}
     usual = [dict(zip(("betas", *columns), row, strict=True)) for row in zip(betas, *columns.values(), strict=True)]
@@ -57,6 +58,8 @@ def _groups_by_parameter(k: int, model: nn.Module, groups: Sequence[dict[str, An
     """The group that each parameter of models[k] is in, by its id."""
     found: dict[int, dict[str, Any]] = {}
     for group in groups:
+        if not isinstance(group, dict) or "params" not in group:
+            raise ValueError(f"groups[{k}] must hold dicts with 'params' and 'lr', got {type(group).__name__}")
         for parameter in _listed(group["params"]):
             if id(parameter) in found:
                 raise ValueError(f"groups must hold a parameter once, got one twice in groups[{k}]")
@@ -70,6 +73,7 @@ def _settings(own: dict[str, Any], k: int) -> Settings:
     for option in _NOT_OFFERED:
         if own.get(option):
             raise ValueError(f"groups must not set {option!r}, got {own[option]!r} in groups[{k}]")
+    _check_pair(own["betas"])
     first, second = (number("betas", beta, least=0, below=1) for beta in own["betas"])
     return Settings(
         number("lr", own["lr"], least=0),
@@ -99,7 +103,16 @@ def _listed(params: Any) -> list[Tensor]:
 
 def per_network(name: str, value: Any, count: int) -> list[float]:
     """One number for each network, from one for all or from `count` of them."""
-    many = torch.as_tensor(value, dtype=torch.float64).flatten().tolist()
+    wanted = f"{name} must be one number or one for each of the {count} models"
+    try:
+        many = torch.as_tensor(value, dtype=torch.float64).flatten().tolist()
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{wanted}, got {str(value):.60}") from None
     if len(many) not in (1, count):
-        raise ValueError(f"{name} must be one number or one for each of the {count} models, got {len(many)}")
+        raise ValueError(f"{wanted}, got {len(many)}")
     return many * count if len(many) == 1 else many
+
+
+def _check_pair(betas: Any) -> None:
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise ValueError(f"betas must be two, got {betas!r}")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
+from torch.utils._pytree import tree_map
 
 Shared = bool | Sequence[bool]
 
@@ -61,6 +62,9 @@ class StackedCall(nn.Module):
 
         state = {f"model.{name}": value for name, value in tensors.items()}
         result, after = vmap(one, (0, places), randomness="different")(state, batch)
+        result = tree_map(
+            lambda leaf: leaf.clone() if torch.is_tensor(leaf) else leaf, result
+        )  # of no part of the stack
         return result, {name: value.detach().contiguous() for name, value in after.items()}
 
 

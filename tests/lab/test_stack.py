@@ -1,4 +1,5 @@
 import copy
+import types
 
 import numpy as np
 import pytest
@@ -299,6 +300,51 @@ def test_buffers_follow_the_forward_passes_but_not_an_evaluation():
     assert [m.calls.item() for m in models] == [2, 2]
 
 
+class Remembering(nn.Module):
+    """Buffers that a forward makes, and that grow and shrink."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3, dtype=torch.float64))
+        self.register_buffer("made", None)
+        self.register_buffer("grown", torch.zeros(1, 3, dtype=torch.float64))
+        self.register_buffer("shrunk", torch.zeros(3, dtype=torch.float64))
+
+    def forward(self, x):
+        mean = x.detach().mean(0)
+        self.made = mean if self.made is None else self.made + mean
+        self.grown = torch.cat([self.grown, mean[None]])
+        self.shrunk = mean.sum()
+        return (x - self.made - self.grown.sum(0) - self.shrunk) @ self.weight
+
+
+def test_buffers_that_a_forward_makes_or_reshapes_are_given_back():
+    models, x = [Remembering(), Remembering()], draw(2, 5, 3)
+    others = copy.deepcopy(models)
+    alone(others, rates(others, [0.01] * 2), [x] * 3, loss=lambda model, x: model(x).square().mean())
+    stack = Stack(models, 0.01)
+    for _ in range(3):
+        stack.step(lambda model, x: model(x).square().mean(), x)
+    stack.write_back()
+    assert models[0].grown.shape == (4, 3) and "made" in models[0].state_dict()
+    assert_same(models, others)
+
+
+def test_what_was_handed_out_does_not_follow_the_steps():
+    models = [nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)).double() for _ in range(2)]
+    batch = (draw(2, 8, 3), draw(2, 8, 2))
+    stack = Stack(models, 0.1)
+
+    def parts(model, batch=None):
+        return {"weight": model[0].weight, "mean": model[1].running_mean, "row": [model[0].weight[0]]}
+
+    seen = stack.evaluate(parts), stack.step(lambda model, batch: (squared(model, batch), parts(model)), batch)[1]
+    before = copy.deepcopy(seen)
+    watched = stack.fit(squared, [batch] * 2, watch=lambda parameters: parameters["0.weight"])["watched"]
+    torch.testing.assert_close(seen, before, rtol=0, atol=0)
+    assert not torch.equal(watched[:, 0], watched[:, 1]) and not torch.equal(watched[:, 1], watched[:, 2])
+
+
 def test_a_network_that_diverges_stays_so_and_disturbs_no_other():
     models, single = networks(3), networks(3)[:1]
     with torch.no_grad():
@@ -379,6 +425,56 @@ def curve_of(k):
     return model
 
 
+def holding(k, value):
+    model = nn.Linear(2, 2)
+    model.held = value(k)
+    return model
+
+
+def hooked(k):
+    model = nn.Linear(2, 2)
+    model.register_forward_hook([lambda module, x, y: y, lambda module, x, y: 2 * y][k])
+    return model
+
+
+def redefined(k):
+    """As in a notebook, where a cell was edited between two models."""
+
+    class Edited(nn.Linear):
+        factor = k
+
+        def forward(self, x):
+            return super().forward(x) * self.factor
+
+    return Edited(2, 2)
+
+
+def patched(k):
+    model = nn.Linear(2, 2)
+    model.forward = types.MethodType([lambda self, x: self.weight @ x, lambda self, x: x @ self.weight][k], model)
+    return model
+
+
+class Scale:
+    def __init__(self, factor):
+        self.factor = factor
+
+    def __call__(self, x):
+        return self.factor * x
+
+
+def reaching_itself(k=0):
+    model = nn.Linear(2, 2)
+    model.forward = lambda x: x @ model.weight
+    return model
+
+
+def with_hook_on_weight():
+    model = nn.Linear(2, 2)
+    model.weight.register_hook(lambda gradient: 2 * gradient)
+    return model
+
+
 LINEAR, SAME = nn.Linear(2, 2), nn.Linear(2, 2)
 
 
@@ -398,10 +494,63 @@ LINEAR, SAME = nn.Linear(2, 2), nn.Linear(2, 2)
         ([LINEAR, LINEAR], "of their own"),
         ([nn.LazyLinear(2)], "first input"),
         ([nn.Linear(2, 2).requires_grad_(False)], "parameter that requires a gradient"),
+        ([holding(k, lambda k: types.SimpleNamespace(scale=k)) for k in range(2)], "held = namespace.scale=0."),
+        ([holding(k, lambda k: np.array(k)) for k in range(2)], "held = array.0. in models.0. and array.1."),
+        ([holding(k, lambda k: np.float32(k)) for k in range(2)], "held = np.float32.0.0."),
+        ([holding(k, lambda k: {k}) for k in range(2)], "held = {0}"),
+        ([holding(k, lambda k: [[[[[[k]]]]]]) for k in range(2)], "held = "),
+        ([holding(k, lambda k: [nn.Linear(2, 2)]) for k in range(2)], "held = .* something else that is written"),
+        ([holding(k, Scale) for k in range(2)], "held = "),
+        ([holding(k, lambda k: Scale(k).__call__) for k in range(2)], "held = "),
+        ([hooked(0), hooked(1)], "_forward_hooks = "),
+        ([hooked(0), nn.Linear(2, 2)], "_forward_hooks = .* and missing in models.1."),
+        ([redefined(0), redefined(1)], r"type.model. = .*Edited in models.0. and something else .*Edited"),
+        ([patched(0), patched(1)], "forward = "),
+        ([reaching_itself()], "functions that reach a model by a name.* reaches 'the model'"),
+        ([with_hook_on_weight()], "no hooks on parameters, got one on 'weight' of models.0."),
+        ([nn.ParameterList([torch.ones(2, dtype=torch.complex64)])], "real parameters, got .0. of torch.complex64"),
     ],
 )
 def test_models_that_are_not_alike_are_refused(models, words):
     with pytest.raises(ValueError, match=words):
+        Stack(models, 0.1)
+
+
+def looped(k):
+    model = nn.Sequential(nn.Linear(2, 2))
+    model[0].__dict__["parent"] = model
+    return model
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda k: holding(k, lambda k: Scale(np.ones(2))),
+        lambda k: holding(k, lambda k: torch.tensor(torch.nan)),
+        lambda k: holding(k, lambda k: lambda x: 2 * x),
+        lambda k: redefined(1),
+        lambda k: patched(0),
+        lambda k: hooked(0),
+        looped,
+        lambda k: nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)),
+        lambda k: nn.utils.parametrizations.orthogonal(nn.Linear(2, 2)),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_models_that_hold_equal_things_are_alike(make):
+    models = [make(k).double() for k in range(2)]
+    others, batch = copy.deepcopy(models), (draw(2, 2, 2), draw(2, 2, 2))
+    stack = Stack(models, [0.1, 0.2])
+    values = torch.stack([stack.step(squared, batch) for _ in range(2)], 1)
+    batches = [list(zip(*batch, strict=True))] * 2
+    torch.testing.assert_close(values, alone(others, rates(others, [0.1, 0.2]), batches))
+    stack.write_back()
+    assert_same(models, others)
+
+
+@pytest.mark.parametrize("models", [nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2)), (m for m in [LINEAR]), None])
+def test_what_is_no_list_of_models_is_refused(models):
+    with pytest.raises(TypeError, match="models must be a list of torch modules, got "):
         Stack(models, 0.1)
 
 
@@ -422,6 +571,20 @@ PARAMETERS = list(SAME.parameters())
         (0.1, {"momentum": 1.0}, "momentum must be a finite number .*got 1.0"),
         (0.1, {"optimizer": "lion"}, "got 'lion'"),
         (float("nan"), {}, "lr must be"),
+        ([[{"params": PARAMETERS, "lr": 0.1, "decoupled_weight_decay": True}]], {}, "must not set 'decoupled_weight_d"),
+        ([[{"lr": 0.1}]], {}, r"groups.0. must hold dicts with 'params'"),
+        ([PARAMETERS], {}, r"groups.0. must hold dicts with 'params' and 'lr', got Parameter"),
+        (
+            [{"params": PARAMETERS, "lr": 0.1}],
+            {},
+            "groups must be one number or one for each of the 1 models, got .{'par",
+        ),
+        ("fast", {}, "groups must be one number or one for each of the 1 models, got fast"),
+        (None, {}, "groups must be one number .*, got None"),
+        (0.1, {"clip": -1.0}, "clip must be a finite number at least 0, got -1.0"),
+        (0.1, {"clip": float("nan")}, "clip must be a finite number"),
+        (0.1, {"betas": (0.9,)}, "betas must be two, got .0.9,."),
+        (0.1, {"betas": 0.9}, "betas must be two, got 0.9"),
     ],
 )
 def test_groups_that_do_not_fit_are_refused(groups, options, words):
@@ -438,5 +601,20 @@ def test_batches_and_losses_that_do_not_fit_are_refused():
         stack.step(lambda model, batch: model(batch[0]), (x, y), shared=True)
     with pytest.raises(ValueError, match="depend on a parameter"):
         stack.step(lambda model, batch: batch[0].sum(), (x, y), shared=True)
+    with pytest.raises(ValueError, match=r"one number for each network, got tuple"):
+        stack.step(lambda model, batch: (model(batch[0]).sum(), batch[0], batch[1]), (x, y), shared=True)
+    with pytest.raises(ValueError, match="one number for each network"):
+        stack.step(lambda model, batch: model(batch[0]).sum() * 1j, (x, y), shared=True)
+    with pytest.raises(ValueError, match=r"factor must be a finite number, got tensor"):
+        stack.step(squared, (x, y), shared=True, factor=torch.ones(3))
+    with pytest.raises(ValueError, match="steps must be given for batches without a length, got generator"):
+        stack.fit(squared, ((x, y) for _ in range(2)), shared=True)
+    with pytest.raises(ValueError, match="steps must be the number of batches, got 1 and one batch more"):
+        stack.fit(squared, [(x, y)] * 2, shared=True, steps=1)
+    with pytest.raises(ValueError, match="got a pair"):
+        stack.fit(lambda model, batch: (squared(model, batch), batch[0]), [(x, y)], shared=True)
+    for rows in ([0, 0], [2], [], [True]):
+        with pytest.raises(ValueError, match="rows must be places of 2 networks, each once, or a mask, got "):
+            stack.keep(rows)
     with pytest.raises(TypeError, match="torch modules"):
         Stack([F.relu], 0.1)
