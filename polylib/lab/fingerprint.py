@@ -10,20 +10,23 @@ import torch
 from polylib.lab import closure
 from polylib.lab.reading import Reader
 from polylib.lab.scales import scale
+from polylib.lab.surroundings import settings
 
 
 class Fingerprint(NamedTuple):
     """What a function is known by.
 
     Attributes:
-        digest: of the function and all that it reaches. The same in every process where `unread` is None, and
-            otherwise good within this process only.
+        digest: of the function, all that it reaches, settings of torch and numpy, and the machine. The same in every
+            process where `unread` is None, and otherwise good within this process only.
         unread: the first thing that it reaches and that can't be read for certain, in words; None if there is none.
+        code: likewise, without the machine.
         parts: the digest of each global and each closed-over value that the function itself names.
     """
 
     digest: str
     unread: str | None
+    code: str
     parts: dict[str, str]
 
 
@@ -41,10 +44,9 @@ def fingerprint(function: Any) -> Fingerprint:
     reader = Reader()
     digest = reader.digest(function)
     modules = closure.of_modules(sorted(reader.of_polylib))
-    whole = reader.join(
-        "run", digest, reader.sharing(), _surroundings(), closure.digest(modules), *sorted(reader.versions)
-    )
-    return Fingerprint(whole, reader.unread, reader.parts)
+    surroundings = f"{settings()} {scale()}"
+    code = reader.join("run", digest, reader.sharing(), surroundings, closure.digest(modules), *sorted(reader.versions))
+    return Fingerprint(reader.join("on", code, _machine()), reader.unread, code, reader.parts)
 
 
 def content(value: Any) -> str | None:
@@ -54,21 +56,6 @@ def content(value: Any) -> str | None:
     if reader.unread is not None:
         return None
     return reader.join("value", digest, reader.sharing(), closure.digest(closure.of_modules(sorted(reader.of_polylib))))
-
-
-def _surroundings() -> str:
-    """What changes the numbers of any function: versions, the processor, and settings of torch and numpy."""
-    settings = (
-        torch.get_default_dtype(),
-        torch.get_default_device(),
-        torch.get_float32_matmul_precision(),
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_grad_enabled(),
-        torch.is_autocast_enabled("cpu"),
-        sorted(np.geterr().items()),
-        scale(),
-    )
-    return f"{_machine()} {settings}"
 
 
 @cache

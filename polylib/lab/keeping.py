@@ -1,5 +1,6 @@
 """What a sweep has computed so far: in memory, and on disk where it is certain what it belongs to."""
 
+import threading
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -31,12 +32,13 @@ class Kept:
         self._outcomes: dict[Places, Outcome] = {}
         self.unkept: str | None = None  # why outcomes are not on disk, as a sentence
 
-    def refresh(self) -> None:
-        """Look at the code and its data anew."""
+    def refresh(self) -> Fingerprint:
+        """Look at the code and its data anew, and say what they are."""
         now = fingerprint(self.run)
         if self._code is not None and now.digest != self._code.digest:
             self._outcomes.clear()
         self._code = now
+        return now
 
     def get(self, places: Places) -> Outcome | None:
         """The outcome of a run, if there is one."""
@@ -50,20 +52,24 @@ class Kept:
             self._outcomes[places] = outcome
         return self._outcomes[places]
 
-    def put(self, places: Places, outcome: Outcome) -> Outcome:
-        """Keep what a run returned, that began when this object was last asked or told something.
+    def put(self, places: Places, outcome: Outcome, before: Fingerprint, after: Fingerprint) -> Outcome:
+        """Keep what a run returned, with the fingerprints of `run` when it began and when it was over.
+
+        An outcome counts for `before`. A run that changes what it depends on is remembered nevertheless, until
+        something else changes, if it can't have been the reader who did so meanwhile.
 
         Raises:
             ValueError: arrays that do not fit the batched knob.
         """
         check_lengths(outcome, self.batch, 0 if self.batch is None else len(self.knobs[self.batch].values))
-        before, after, name = self._code, fingerprint(self.run), self._name(places)
-        self._outcomes[places] = outcome
-        self._code = after
-        if before is None or before.unread or name is None:
-            value = None if before is None else before.unread
-            self._tell(f"run depends on {value or 'a value of a knob whose content can not be read'}")
-        elif before.digest != after.digest:
+        name = self._name(places)
+        if self._code is not None and self._code.digest == before.digest:  # no newer code is known
+            self._outcomes[places] = outcome
+            if threading.current_thread() is threading.main_thread():  # where readers' cells are executed
+                self._code = after
+        if before.unread or name is None:
+            self._tell(f"run depends on {before.unread or 'a value of a knob whose content can not be read'}")
+        elif before.code != after.code:
             changed = [part for part, digest in before.parts.items() if after.parts.get(part) != digest]
             self._tell(f"run changes {changed[0] if changed else 'something'}, on which its result depends")
         else:

@@ -69,6 +69,7 @@ class Knob:
         wanted = content(value)
         if wanted is not None and wanted in self._contents:
             return self._contents.index(wanted)
+        value = value.item() if isinstance(value, np.ndarray | torch.Tensor) and value.ndim == 0 else value
         equal = [k for k, own in enumerate(self.values) if _equal_numbers(own, value)]
         if len(equal) == 1:
             return equal[0]
@@ -98,6 +99,11 @@ def read(knobs: Any, labels: Mapping[str, str] | None) -> dict[str, Knob]:
     """
     if not isinstance(knobs, Mapping) or not knobs:
         raise ValueError(f"knobs must be a dict with at least one knob, got {knobs!r}")
+    for name in knobs:
+        if not isinstance(name, str):
+            raise TypeError(f"knobs must have the names of arguments as its keys, got {name!r}")
+    if labels is not None and not isinstance(labels, Mapping):
+        raise TypeError(f"labels must be a dict of texts, got {labels!r}")
     for name, label in (labels or {}).items():
         if name not in knobs:
             raise ValueError(f"labels must name knobs, {', '.join(map(str, knobs))}, got {name!r}")

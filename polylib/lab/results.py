@@ -1,13 +1,13 @@
 """What a run returns, taken over as arrays that nobody can change afterwards."""
 
-import random
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
+
+from polylib.lab.surroundings import own_state
 
 Result = dict[str, np.ndarray]
 Point = dict[str, Any]
@@ -21,33 +21,13 @@ one_run = threading.RLock()
 
 
 def computed(run: Callable[..., Any], call: Point) -> Outcome:
-    """Run once, in random state of its own, and take over what comes back.
+    """Run once, in random state of its own, and take over what comes back. Settings are as before, afterwards.
 
     Raises:
         TypeError: `run` returned something else than a dict of arrays, or a pair of such dicts.
     """
-    with one_run, own_random_state():
+    with one_run, own_state():
         return taken_over(run(**call))
-
-
-@contextmanager
-def own_random_state(seed: int = 0) -> Iterator[None]:
-    """Within this context Python, numpy and torch draw from generators that start at `seed`; afterwards they go on
-    from where they were before."""
-    python, tensors = random.getstate(), torch.get_rng_state()
-    numbers = np.random.get_state()  # noqa: NPY002
-    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
-    random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002
-    torch.manual_seed(seed)
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numbers)  # noqa: NPY002
-        torch.set_rng_state(tensors)
-        if devices is not None:
-            torch.cuda.set_rng_state_all(devices)
 
 
 def taken_over(returned: Any) -> Outcome:
@@ -105,7 +85,9 @@ def _array(name: str, value: Any) -> np.ndarray:
         raise TypeError(f"run must return {name!r} as {ACCEPTED}, got a {type(value).__name__} ({error})") from error
     if array.dtype.kind not in KINDS:
         raise TypeError(f"run must return {name!r} as {ACCEPTED}, got a {type(value).__name__}")
-    return frozen(array)
+    if isinstance(value, list | tuple) and not _all_kept(value, array):
+        raise TypeError(f"run must return {name!r} as {ACCEPTED}, got a list of values that have no type in common")
+    return frozen(array.astype(_shown(array.dtype), copy=False))
 
 
 def _plain(value: Any) -> Any:
@@ -117,4 +99,36 @@ def _plain(value: Any) -> Any:
         return tensor.numpy()
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
+    if isinstance(value, np.ndarray) and np.any(getattr(value, "mask", False)):  # np.ma would first be imported
+        raise ValueError("it has masked entries, which `filled` would give a value")
     return value
+
+
+def _all_kept(value: Any, array: np.ndarray) -> bool:
+    """Whether numpy found a type for a list that changes none of its values: not text for numbers, nor floats for
+    large integers."""
+    if array.dtype.kind in "US":
+        text = str if array.dtype.kind == "U" else bytes
+        return all(isinstance(item, text) or _is_array(item, array.dtype.kind) for item in _leaves(value))
+    with np.errstate(invalid="ignore"):
+        if array.dtype.kind not in "fc" or not (np.abs(array) >= 2**53).any():
+            return True
+    return all(int(float(item)) == item for item in _leaves(value) if isinstance(item, int))
+
+
+def _is_array(value: Any, kind: str) -> bool:
+    return isinstance(value, np.ndarray) and value.dtype.kind == kind
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    for item in value:
+        if isinstance(item, list | tuple):
+            yield from _leaves(item)
+        else:
+            yield item
+
+
+def _shown(dtype: np.dtype) -> np.dtype:
+    """A type that browsers have, and that holds the same values, but for `longdouble`."""
+    sizes = {"f": {2: "f4", 16: "f8"}, "c": {32: "c16"}}
+    return np.dtype(sizes.get(dtype.kind, {}).get(dtype.itemsize, dtype.newbyteorder("=")))

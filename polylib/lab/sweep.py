@@ -7,7 +7,9 @@ sliders over the precomputed grid in the built site (`assets/polylib.js`), and a
 import html
 import inspect
 import itertools
+import warnings
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import plotly.graph_objects as go
@@ -15,11 +17,13 @@ import plotly.graph_objects as go
 from polylib import _checks
 from polylib.lab import knobs as knobs_of
 from polylib.lab.figures import embed, pack
+from polylib.lab.fingerprint import fingerprint
 from polylib.lab.grid import run_all
 from polylib.lab.keeping import Kept, Places
 from polylib.lab.printed import warning_anew
 from polylib.lab.progress_bar import is_live
 from polylib.lab.results import Point, Result, at, computed, one_run
+from polylib.lab.surroundings import own_state
 
 
 class Sweep:
@@ -27,7 +31,8 @@ class Sweep:
 
     Args:
         run: `run(**point)` returns a dict of arrays: numpy arrays, torch tensors, lists or numbers. It must depend on
-            nothing but the point, and on values that do not change. Each run starts from the same random state.
+            nothing but the point, and on values that do not change. Each run and each view starts from the same random
+            state; settings of torch and numpy that it changes are as before afterwards.
         knobs: for each argument of `run` the values that it can take, at least one, in the order of the slider: a
             list of numbers, words or named functions, or `{label: value}` for values of any kind.
         view: `view(result, point)` draws a plotly figure. `result` is the dict that `run` returned, as read-only
@@ -64,6 +69,8 @@ class Sweep:
         if batch is not None:
             _checks.choice("batch", batch, self.grid)
         self._check_signatures()
+        if start is not None and not isinstance(start, Mapping):
+            raise TypeError(f"start must be a dict of values, got {start!r}")
         for name in start or {}:
             _checks.choice("start", name, self.grid)
         self.start_places = {
@@ -106,7 +113,7 @@ class Sweep:
         """All points of the grid; the last knob varies fastest."""
         return [self._point(places) for places in self._all_places()]
 
-    def result(self, **point: Any) -> Result:
+    def result(self, /, **point: Any) -> Result:
         """The result at one point, as read-only arrays: from memory, from disk, or computed now."""
         if set(point) != set(self.grid):
             raise ValueError(f"point must have {', '.join(self.grid)}, got {', '.join(point) or 'nothing'}")
@@ -114,7 +121,7 @@ class Sweep:
         self._kept.refresh()
         return self._result(places)
 
-    def figure(self, **point: Any) -> go.Figure:
+    def figure(self, /, **point: Any) -> go.Figure:
         """The figure at one point; knobs that are not named stand at their start."""
         return self.drawn(self._places(point), anew=True)
 
@@ -149,8 +156,11 @@ class Sweep:
         outcome = self._kept.get(run)
         if outcome is None:
             with one_run, warning_anew():
-                self._kept.refresh()  # while this thread waited, another one may have computed the same
-                outcome = self._kept.get(run) or self._kept.put(run, computed(self.run, self._call(run)))
+                code = self._kept.refresh()
+                outcome = self._kept.get(run)  # while this thread waited, another one may have computed the same
+                if outcome is None:
+                    outcome = computed(self.run, self._call(run))
+                    self._kept.put(run, outcome, code, fingerprint(self.run))
         return at(outcome, None if self.batch is None else places[list(self.grid).index(self.batch)])
 
     def drawn(self, places: Places, *, anew: bool = False) -> go.Figure:
@@ -160,20 +170,25 @@ class Sweep:
         """
         if anew:
             self._kept.refresh()
-        figure = self.view(self._result(places), self._point(places))
+        result = self._result(places)
+        with one_run, own_state(), warning_anew() if anew else nullcontext():
+            figure = self.view(result, self._point(places))
         if not isinstance(figure, go.Figure):
             raise TypeError(f"view must return a plotly figure, got {figure!r:.60} ({type(figure).__name__})")
+        if figure.frames:
+            raise ValueError(f"view must return a figure without frames, got one with {len(figure.frames)}")
         return figure
 
     # The whole grid
 
     def compute(self) -> None:
         """Compute what is missing of the grid, in parallel where it takes long. Interrupted, it keeps what is done."""
-        self._kept.refresh()
+        code = self._kept.refresh()
         runs = dict.fromkeys(map(self._run_of, self._all_places()))
         missing = [run for run in runs if self._kept.get(run) is None]
-        for number, outcome in run_all(self.run, [self._call(run) for run in missing]):
-            self._kept.put(missing[number], outcome)
+        with warnings.catch_warnings():  # a run may change what is told, for itself
+            for done in run_all(self.run, [self._call(run) for run in missing], code):
+                self._kept.put(missing[done.number], done.outcome, done.before, done.after)
 
     # Three faces
 
@@ -189,7 +204,9 @@ class Sweep:
             {"label": knob.label, "values": knob.texts, "start": self.start_places[name]}
             for name, knob in self.grid.items()
         ]
-        content = {"knobs": knobs, **pack([self.drawn(places) for places in self._all_places()])}
+        with warnings.catch_warnings():  # one for all, so that what each figure warns of is told once
+            figures = [self.drawn(places) for places in self._all_places()]
+        content = {"knobs": knobs, **pack(figures)}
         return embed("sweep", content, f"<pre>{html.escape(self.table())}</pre>")
 
     def widget(self) -> Any:

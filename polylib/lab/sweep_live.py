@@ -1,7 +1,8 @@
 """The live face of a `Sweep`: sliders that answer at once, over a figure that follows as soon as its run is done.
 
 A run and a cell of the notebook would draw from the same global random numbers. So a run waits while a cell is executed
-and a cell waits for a run: what a run returns does not depend on what the notebook does meanwhile.
+and a cell waits for a run: what a run returns does not depend on what the notebook does meanwhile. Settings that belong
+to a thread, such as torch's default device, are those of the cells.
 """
 
 import html
@@ -17,7 +18,7 @@ from plotly.basedatatypes import BaseTraceType
 from polylib.lab.interrupts import stop_all, stop_all_when_interrupted, stoppable
 from polylib.lab.printed import Printed, captured
 from polylib.lab.progress_bar import Superseded, listening
-from polylib.lab.results import one_run
+from polylib.lab.surroundings import held, settings
 
 if TYPE_CHECKING:
     from polylib.lab.sweep import Sweep
@@ -36,23 +37,33 @@ def live(sweep: "Sweep") -> widgets.Widget:
 
 
 class _Turns:
-    """Holds the lock of runs while a cell is executed. IPython calls both methods on its main thread."""
+    """Cells and figures that follow a slider take turns. IPython calls `start` and `end` on its main thread.
+
+    The lock is another one than that of runs, since a cell may itself wait for runs on threads that it has started.
+    """
 
     def __init__(self) -> None:
-        self.held = False
+        self.lock = threading.RLock()
+        self.cells = 0  # that have begun, each inside the one before, as under %%capture
+        self.settings = settings()
 
     def start(self, *_: object) -> None:
         try:
-            one_run.acquire()
+            self.lock.acquire()
         except KeyboardInterrupt:  # of a reader whose cell waits for a run
             stop_all()
-            one_run.acquire()
-        self.held = True
+            self.lock.acquire()
+        self.cells += 1
 
     def end(self, *_: object) -> None:
-        if self.held:  # not for the cell that made the first sweep
-            self.held = False
-            one_run.release()
+        self.take_settings()
+        if self.cells:  # not for the cell that made the first sweep
+            self.cells -= 1
+            self.lock.release()
+
+    def take_settings(self) -> None:
+        """Note the settings of the thread of cells, for the threads of sweeps."""
+        self.settings = settings()
 
 
 _turns = _Turns()
@@ -96,9 +107,11 @@ class _Live:
         self.box = widgets.VBox([*self.sliders.values(), self.bar, self.message, self.figure, self.output])
         for slider in self.sliders.values():
             slider.observe(lambda _: self.ask(), names="index")  # 1 and True are equal values
+        _turns.take_settings()
         self.draw(tuple(sweep.start_places.values()))
 
     def ask(self) -> None:
+        _turns.take_settings()
         with self.lock:
             self.wanted = tuple(slider.index for slider in self.sliders.values())
             if not self.busy:
@@ -117,9 +130,9 @@ class _Live:
 
     def draw(self, places: tuple[int, ...]) -> None:
         message = ""
-        with captured() as printed:
+        with _turns.lock, captured() as printed:
             try:
-                with stoppable():
+                with stoppable(), held(_turns.settings):
                     figure = self.sweep.drawn(places, anew=True)
                 self.show(figure)
             except Superseded:

@@ -1,6 +1,8 @@
 import base64
+import importlib
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -8,6 +10,7 @@ import sys
 import textwrap
 import threading
 import time
+import warnings
 
 import joblib
 import numpy as np
@@ -17,6 +20,7 @@ import torch
 
 from polylib.lab import Sweep
 from polylib.lab.store import cache_folder
+from polylib.lab.surroundings import settings
 
 KNOBS = {"slope": [0.5, 1.0, 2.0], "offset": [0, 1]}
 
@@ -159,6 +163,119 @@ def test_a_short_grid_runs_in_this_process_and_a_long_one_does_not(monkeypatch):
     assert os.getpid() in processes() and len(processes()) > 1
 
 
+def in_two_processes():
+    return joblib.parallel_config("loky", n_jobs=2)
+
+
+def test_other_processes_have_the_settings_of_the_notebook():
+    def run(x):
+        with np.errstate(**({"over": "ignore"} if x == 0 else {})):
+            return {"y": torch.tensor(1.0) / 3, "over": np.geterr()["over"], "process": os.getpid()}
+
+    torch.set_default_dtype(torch.float64)
+    try:
+        with np.errstate(over="raise"), in_two_processes():
+            sweep = Sweep(run, {"x": [0, 1, 2]}, draw)
+            sweep.compute()
+            found = [sweep.result(x=x) for x in (0, 1, 2)]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert [one["y"].dtype for one in found] == [np.float64] * 3
+    assert [str(one["over"]) for one in found] == ["ignore", "raise", "raise"]
+    assert os.getpid() not in {int(one["process"]) for one in found}
+
+
+def test_a_module_that_was_edited_counts_in_other_processes_too(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    file = tmp_path / "edited_helper.py"
+    for factor in (2, 300):
+        file.write_text(f"def scaled(x): return {factor} * x\n")
+        importlib.invalidate_caches()
+        helper = importlib.import_module("edited_helper")
+        importlib.reload(helper)
+
+        def run(x, helper=helper):
+            return {"y": helper.scaled(x)}
+
+        with in_two_processes():
+            sweep = Sweep(run, {"x": [1, 2, 3]}, draw)
+            sweep.compute()
+        for shown in (sweep, Sweep(run, {"x": [1, 2, 3]}, draw)):
+            assert [int(shown.result(x=x)["y"]) for x in (1, 2, 3)] == [factor, 2 * factor, 3 * factor]
+
+
+def test_what_other_processes_can_not_have_runs_here():
+    lock, here = threading.Lock(), sys.modules[__name__].__dict__
+
+    def locked(x):
+        with lock:
+            return {"y": x, "process": os.getpid()}
+
+    for run in (locked, lambda x: {"y": here["draw"] and x, "process": os.getpid()}):
+        sweep = Sweep(run, {"x": [1, 2, 3]}, draw)
+        with in_two_processes(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # not kept
+            sweep.compute()
+            assert [int(sweep.result(x=x)["y"]) for x in (1, 2, 3)] == [1, 2, 3]
+
+
+def test_threads_do_not_share_random_state():
+    def run(x):
+        return {"y": torch.stack([torch.rand(()) for _ in range(100)])}
+
+    with joblib.parallel_config("threading", n_jobs=3):
+        sweep = Sweep(run, {"x": [1, 2, 3]}, draw)
+        sweep.compute()
+    for x in (2, 3):
+        np.testing.assert_array_equal(sweep.result(x=x)["y"], sweep.result(x=1)["y"])
+
+
+def test_a_run_that_changes_a_global_in_another_process_is_not_kept():
+    count = [0]
+
+    def run(x):
+        count[0] += 1
+        return {"y": x + count[0]}
+
+    with in_two_processes(), pytest.warns(UserWarning, match="not kept on disk: run changes count"):
+        Sweep(run, {"x": [10, 20, 30]}, draw).compute()
+    assert not list(cache_folder().rglob("output.pkl"))
+
+
+def test_a_warning_of_runs_in_other_processes_is_told_once():
+    def run(x):
+        warnings.warn("a steep rate", stacklevel=1)
+        return {"y": x}
+
+    with warnings.catch_warnings(record=True) as told, in_two_processes():
+        warnings.simplefilter("default")
+        Sweep(run, {"x": [1, 2, 3, 4]}, draw).compute()
+    assert [str(one.message) for one in told] == ["a steep rate"]
+
+
+def test_state_is_as_before_after_a_run_and_a_view():
+    def changing(x=0, result=None, point=None):
+        torch.set_default_dtype(torch.float64)
+        torch.use_deterministic_algorithms(True)
+        torch.set_grad_enabled(False)
+        np.seterr(all="ignore")
+        warnings.simplefilter("error")
+        drawn = torch.rand(3), np.random.rand(3), random.random()  # noqa: NPY002
+        return go.Figure(go.Scatter(y=drawn[1])) if point else {"t": drawn[0], "n": drawn[1], "p": drawn[2]}
+
+    def state():
+        numbers = np.random.get_state()[1].tolist()  # noqa: NPY002
+        return settings(), warnings.filters[:], torch.get_rng_state().tolist(), numbers, random.getstate()
+
+    sweep = Sweep(lambda x: changing(x), {"x": [1, 2]}, lambda result, point: changing(result=result, point=point))
+    before = state()
+    for use in (sweep.compute, lambda: sweep.result(x=1), lambda: sweep.figure(x=1), sweep.html):
+        use()
+        assert state() == before
+    assert sweep.figure(x=1) == sweep.figure(x=1) and sweep.figure(x=1).data[0].y[0] == sweep.result(x=1)["n"][0]
+
+
 def test_finished_points_are_found_again_and_changed_code_is_not():
     calls = []
 
@@ -269,6 +386,9 @@ def test_an_error_names_itself_and_keeps_the_finished_points():
         ({"run": 3}, TypeError, "run must be a function, got 3"),
         ({"view": lambda result: go.Figure()}, ValueError, "view must take result, point"),
         ({"labels": {"slop": "slope"}}, ValueError, "labels must name knobs"),
+        ({"labels": ["slope"]}, TypeError, "labels must be a dict of texts, got .'slope'."),
+        ({"start": 3}, TypeError, "start must be a dict of values, got 3"),
+        ({"knobs": {1: [1]}}, TypeError, "knobs must have the names of arguments as its keys, got 1"),
         ({"knobs": {"slope": "relu", "offset": [1]}}, TypeError, "must be a list of values or a dict"),
         ({"knobs": {"slope": [lambda x: x], "offset": [1]}}, TypeError, "a function without a name"),
         ({"knobs": {"slope": [[8], [8, 16]], "offset": [1]}}, TypeError, "values like list"),
@@ -286,6 +406,26 @@ def test_bad_results_raise():
         Sweep(lambda slope: {"y": [1, 2]}, {"slope": [1, 2, 3]}, draw, batch="slope").result(slope=1)
     with pytest.raises(ValueError, match=r"slope must be one of .*, got 9"):
         Sweep(line, KNOBS, draw).result(slope=9, offset=0)
+
+
+def test_a_knob_may_have_any_name():
+    for name in ("self", "point", "run", "a b"):
+        sweep = Sweep(lambda **knobs: {"x": [0], "y": list(knobs.values())}, {name: [1, 2]}, draw)
+        assert sweep.result(**{name: 1})["y"].tolist() == [1] and sweep.figure(**{name: 2}).data[0].y.tolist() == [2]
+
+
+def test_a_value_of_a_tensor_or_an_array_is_found():
+    values = torch.linspace(0, 1, 3)
+    sweep = Sweep(lambda x: {"y": x}, {"x": values}, draw)
+    assert [float(sweep.result(x=value)["y"]) for value in (values[1], values.numpy()[1], np.array(0.5))] == [0.5] * 3
+
+
+def test_a_figure_with_frames_is_refused():
+    def view(result, point):
+        return go.Figure(go.Scatter(y=[1]), frames=[go.Frame(data=[go.Scatter(y=[2])])])
+
+    with pytest.raises(ValueError, match="view must return a figure without frames, got one with 1"):
+        Sweep(lambda x: {"y": x}, {"x": [1]}, view).figure(x=1)
 
 
 def test_a_run_that_depends_on_a_lock_is_shown_and_not_kept():

@@ -5,9 +5,11 @@ import sys
 import threading
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import hypothesis
 import hypothesis.strategies as st
+import joblib
 import numpy as np
 import plotly.graph_objects as go
 import pytest
@@ -131,6 +133,59 @@ def test_what_a_run_draws_does_not_depend_on_the_cell_that_runs_meanwhile():
     sweep_live._turns.end()
     wait_for(lambda: shows(figure, alone[0].item()))
     np.testing.assert_array_equal(np.asarray(figure.data[0].y, np.float32), alone.numpy())
+
+
+def test_a_cell_inside_a_cell_and_threads_of_a_cell_stop_nothing():
+    sweep = Sweep(lambda k: {"y": np.full(4, k)}, {"k": [1, 2, 3, 4]}, draw, start={"k": 1})
+    slider, figure, _, _ = parts(sweep.widget())
+    sweep_live._turns.start()
+    sweep_live._turns.start()  # as %%capture does
+    sweep_live._turns.end()
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(sweep.result, k=3).result(timeout=10)["y"][0] == 3
+    with joblib.parallel_config("threading", n_jobs=2):
+        sweep.compute()
+    sweep_live._turns.end()
+    sweep_live._turns.end()  # of a cell that began before there was a sweep
+    slider.value = 4
+    wait_for(lambda: shows(figure, 4))
+
+
+def test_a_live_run_has_the_settings_of_the_cells():
+    def run(k):
+        return {"y": [k, torch.is_grad_enabled(), np.geterr()["over"] == "ignore", torch.empty(1).is_meta]}
+
+    with torch.no_grad(), np.errstate(over="ignore"), torch.device("cpu"):
+        sweep = Sweep(run, {"k": [1, 2]}, draw, start={"k": 1})
+        slider, figure, _, _ = parts(sweep.widget())
+        slider.value = 2
+        wait_for(lambda: shows(figure, 2))
+        assert list(figure.data[0].y) == list(sweep.figure(k=2).data[0].y) == [2, 0, 1, 0]
+    slider.value = 1
+    wait_for(lambda: shows(figure, 1))
+    assert list(figure.data[0].y) == list(sweep.figure(k=1).data[0].y) == [1, 1, 0, 0]
+
+
+def test_what_was_edited_while_a_run_was_going_is_not_stale():
+    inside, gate, scale = threading.Event(), threading.Event(), {"factor": 1}
+
+    def run(k):
+        factor = scale["factor"]
+        if k == 2:
+            inside.set()
+            gate.wait(10)
+        return {"y": np.full(4, k * factor)}
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the run depends on locks, and is not kept
+        sweep = Sweep(run, {"k": [1, 2]}, draw, start={"k": 1})
+        slider, figure, _, _ = parts(sweep.widget())
+        slider.value = 2
+        wait_for(inside.is_set)
+        scale["factor"] = 10
+        gate.set()
+        wait_for(lambda: shows(figure, 2) or shows(figure, 20))
+        assert sweep.figure(k=2).data[0].y[0] == 20
 
 
 def test_the_first_figure_is_there_at_once_and_no_thread_stays():

@@ -148,6 +148,10 @@ def test_nan_is_one_value():
         (np.array(["2024-01-01"], "datetime64[D]"), [datetime.date(2024, 1, 1)]),
         ([], []),
         (torch.nn.Parameter(torch.ones(1)), [1]),
+        (np.ma.masked_array([1.0, 2.0], [False, False]), [1, 2]),
+        ([2**53 + 1, 3], [2**53 + 1, 3]),
+        ([2.0**60, 3], [2**60, 3]),
+        ([np.array("a"), "bc"], ["a", "bc"]),
     ],
 )
 def test_what_can_be_shown_comes_back_as_an_array(value, expected):
@@ -167,6 +171,14 @@ def test_what_can_be_shown_comes_back_as_an_array(value, expected):
         datetime.date(2024, 1, 1),
         lambda: 3,
         np.array([None]),
+        [1, "a"],
+        [[1.5, 2.5], [float("nan"), "a"]],
+        ["a", b"b"],
+        [2**53 + 1, 0.5],
+        np.ma.masked_array([1.0, 2.0], [True, False]),
+        [1.0, np.ma.masked],
+        torch.eye(2).to_sparse(),
+        torch.ones(2, device="meta"),
     ],
 )
 def test_what_can_not_be_shown_is_refused_by_name(value):
@@ -313,6 +325,14 @@ def test_text_in_labels_and_values_is_escaped_on_every_face():
     slider = shown.widget().children[0]
     assert slider.description == nasty and not slider.description_allow_html
     assert shown.table().count(nasty) == 2  # plain text needs no escape
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"), [("f2", "f4"), (">f8", "f8"), (">i4", "i4"), ("g", "f8"), ("u8", "u8"), ("c8", "c8")]
+)
+def test_arrays_have_a_type_that_browsers_know(given, kept):
+    found = sweep(lambda x: {"y": np.array([1.5, 2, 3], given)}).result(x=1)["y"]
+    assert found.dtype == np.dtype(kept) and found.tolist() == np.array([1.5, 2, 3], given).tolist()
 
 
 def test_frozen_keeps_the_shape():
