@@ -107,7 +107,7 @@ def per_network(name: str, value: Any, count: int) -> list[float]:
     try:
         many = torch.as_tensor(value, dtype=torch.float64).flatten().tolist()
     except (TypeError, ValueError, RuntimeError):
-        raise ValueError(f"{wanted}, got {str(value):.60}") from None
+        raise ValueError(f"{wanted}, got {value!s:.60}") from None
     if len(many) not in (1, count):
         raise ValueError(f"{wanted}, got {len(many)}")
     return many * count if len(many) == 1 else many

@@ -62,8 +62,10 @@ def train(
         evaluation mode; `accuracy`, scalar, likewise, where the targets are class numbers.
 
     Raises:
-        ValueError: `epochs` or `batch_size` out of range.
+        ValueError: `epochs` or `batch_size` out of range, not as many targets as inputs, or a loss that is not one
+            number.
     """
+    _check_pairs(data)
     order = batches(len(data.x_train), batch_size, epochs, seed)
     peaks = [group["lr"] for group in optimizer.param_groups]
     steps = epochs * (len(data.x_train) // batch_size)
@@ -72,7 +74,8 @@ def train(
         for step, index in enumerate(progress(order, "training", steps)):
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * schedule(step / steps)
-            value = loss(model(data.x_train[index]), data.y_train[index])
+            with torch.enable_grad():
+                value = _one_number(loss(model(data.x_train[index]), data.y_train[index]))
             optimizer.zero_grad()
             value.backward()
             optimizer.step()
@@ -87,11 +90,23 @@ def train(
 
 def scores(outputs: Tensor, targets: Tensor, loss: Loss) -> dict[str, Tensor]:
     """`test_loss`, and `accuracy` if targets are the numbers of classes: integers, one for each row of two or more."""
-    result = {"test_loss": loss(outputs, targets)}
+    result = {"test_loss": _one_number(loss(outputs, targets))}
     classes = not targets.is_floating_point() and targets.dtype is not torch.bool
     if classes and outputs.shape[:-1] == targets.shape and outputs.shape[-1] > 1:
         result["accuracy"] = (outputs.argmax(-1) == targets).float().mean()
     return result
+
+
+def _one_number(value: Tensor) -> Tensor:
+    if value.numel() != 1:
+        raise ValueError(f"loss must be one number, got shape {tuple(value.shape)}")
+    return value.reshape(())
+
+
+def _check_pairs(data: Split) -> None:
+    for part, x, y in (("train", data.x_train, data.y_train), ("test", data.x_test, data.y_test)):
+        if len(x) != len(y):
+            raise ValueError(f"data must have a target for each input, got {len(y)} for {len(x)} in the {part} part")
 
 
 def train_many(
@@ -122,8 +137,9 @@ def train_many(
 
     Raises:
         ValueError: what `Stack` refuses; `epochs`, `batch_size` or `watch_every` out of range; seeds that are not one
-            for each model.
+            for each model; not as many targets as inputs.
     """
+    _check_pairs(data)
     stack = Stack(models, groups, **options)
     orders = seeds_of(seeds, len(models))
     if len(orders) != len(models):

@@ -18,7 +18,7 @@ from torch import nn
 
 import polylib
 from polylib import neurons, optimization, quantization, regimes
-from polylib.lab import transformer
+from polylib.lab import Stack, transformer
 
 
 def collected() -> dict[str, type[nn.Module]]:
@@ -282,6 +282,31 @@ def test_recomputed_in_backward(name):
             return torch.utils.checkpoint.checkpoint(self.inner, x, use_reentrant=False)
 
     torch.testing.assert_close(slope(Recomputed(), x), slope(module, x))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_in_a_stack_train_as_alone(name):
+    module, x = made(name)
+    if not any(p.requires_grad for p in module.parameters()):
+        pytest.skip("nothing to train")
+
+    def loss(module, x):
+        y = module(x)
+        return y.square().mean() + 0.1 * y.sum()
+
+    alone = [module, copy.deepcopy(module)]
+    together = Stack(copy.deepcopy(alone), [0.01, 0.02])
+    values = torch.stack([together.step(loss, x, shared=True) for _ in range(2)], 1)
+    together.write_back()
+    for k, rate in enumerate((0.01, 0.02)):
+        optimizer = torch.optim.SGD([p for p in alone[k].parameters() if p.requires_grad], rate)
+        for step in range(2):
+            value = loss(alone[k], x)
+            torch.testing.assert_close(values[k, step], value.detach(), rtol=1e-4, atol=1e-5)
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+        torch.testing.assert_close(together.models[k].state_dict(), alone[k].state_dict(), rtol=1e-4, atol=1e-5)
 
 
 class Losses(nn.Module):

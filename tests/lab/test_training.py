@@ -174,6 +174,33 @@ def test_bad_input_raises(blobs):
         train(models[0], blobs, optimizer, epochs=-1, batch_size=10)
 
 
+@pytest.mark.parametrize("part", ["x_train", "y_train", "x_test", "y_test"])
+def test_inputs_without_a_target_are_refused(blobs, part):
+    short, model = blobs._replace(**{part: getattr(blobs, part)[:20]}), network(0)
+    settings = {"epochs": 1, "batch_size": 10}
+    with pytest.raises(ValueError, match=r"data must have a target for each input, got .* in the t[a-z]* part"):
+        train(model, short, torch.optim.SGD(model.parameters(), 0.1), **settings)
+    with pytest.raises(ValueError, match="data must have a target for each input"):
+        train_many([model], 0.1, short, **settings)
+
+
+def test_a_loss_of_one_entry_is_a_number_and_one_of_more_is_none(blobs):
+    def loss(outputs, targets):
+        return nn.functional.cross_entropy(outputs, targets).reshape(1)
+
+    models, settings = [network(0), network(0)], {"epochs": 1, "batch_size": 20, "loss": loss}
+    with torch.no_grad():  # of the caller, who does not want to train anything else
+        alone = train(models[0], blobs, torch.optim.SGD(models[0].parameters(), 0.1), **settings)
+    together = train_many(models[1:], 0.1, blobs, **settings)
+    assert alone["loss"].shape == (3,) and alone["test_loss"].shape == ()
+    for name, value in alone.items():
+        torch.testing.assert_close(together[name][0], value)
+    with pytest.raises(ValueError, match=r"loss must be one number, got shape \(20,\)"):
+        train(
+            models[0], blobs, torch.optim.SGD(models[0].parameters(), 0.1), **settings | {"loss": lambda a, b: a[:, 0]}
+        )
+
+
 def test_no_epochs_test_the_networks_as_they_stand(blobs):
     models = [network(0), network(1)]
     together = train_many(models, 0.1, blobs, epochs=0, batch_size=10)
