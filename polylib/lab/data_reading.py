@@ -120,7 +120,11 @@ def place(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         try:
             pointer = value.untyped_storage().data_ptr()
-        except (RuntimeError, NotImplementedError):  # it has none
+        except (
+            RuntimeError,
+            NotImplementedError,
+            ValueError,
+        ):  # it has none, as before the first input of a lazy layer
             pointer = 0
         return ("memory", pointer) if pointer else id(value)
     if isinstance(value, np.ndarray):
@@ -159,7 +163,7 @@ def _tensor(reader: "Reader", value: torch.Tensor) -> str:
                 head += "" if value.is_contiguous() else f" {value.stride()}"
                 plain = value.detach().cpu().resolve_conj().resolve_neg().contiguous()
                 content = reader.bytes("dense", plain.reshape(-1).view(torch.uint8).numpy().data)
-        except (RuntimeError, TypeError, NotImplementedError):  # one that is not real, inside a transform
+        except (RuntimeError, TypeError, NotImplementedError, ValueError):  # one that is not real, or not there yet
             return reader.unknown(value)
         rest = (value.grad if value.is_leaf else None, list((value._backward_hooks or {}).values()))
         return reader.join("tensor", head, content, reader.all("rest", rest))

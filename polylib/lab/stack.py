@@ -24,7 +24,7 @@ class Stack:
     likes, and may differentiate it by `torch.func`. It runs under `torch.func.vmap`, so that it sees one network and
     can't branch on values; random numbers differ from network to network. A network that diverges does not disturb the
     others. Frozen parameters stay as they are, parameters that had no part in the loss are not moved, and buffers
-    follow the forward passes, all as alone.
+    follow the forward passes, all as alone. What else a forward sets on a model, such as a counter, is not given back.
 
     Args:
         models: K modules that differ in nothing but the values of their parameters and buffers. They keep their values

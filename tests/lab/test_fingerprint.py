@@ -571,6 +571,8 @@ def test_a_function_as_a_knobs_value_counts_by_its_content():
         ("g = (k for k in range(3))\ndef run(x): return next(g)", "g, a generator, which"),
         ("def run(x): return eval('x')", "eval, a builtin"),
         ("import sys\ndef run(x): return sys._getframe().f_back", "_getframe"),
+        ("m = torch.nn.LazyLinear(2)\ndef run(x): return m(torch.ones(1, x))", "an UninitializedParameter, which"),
+        ("t = torch.nested.nested_tensor([torch.ones(1)])\ndef run(x): return t", "t, a Tensor, which"),
         ("f = open('/dev/null')\ndef run(x): return f.read()", "f, a TextIOWrapper, which"),
         ("f = torch.jit.trace(lambda x: x * 2, torch.ones(1))\ndef run(x): return f(torch.ones(x))", "f, a ScriptF"),
         (

@@ -10,6 +10,7 @@ import sys
 import textwrap
 import threading
 import time
+import types
 import warnings
 
 import joblib
@@ -205,19 +206,22 @@ def test_a_module_that_was_edited_counts_in_other_processes_too(tmp_path, monkey
             assert [int(shown.result(x=x)["y"]) for x in (1, 2, 3)] == [factor, 2 * factor, 3 * factor]
 
 
-def test_what_other_processes_can_not_have_runs_here():
-    lock, here = threading.Lock(), sys.modules[__name__].__dict__
+def test_what_other_processes_can_not_have_runs_here(monkeypatch):
+    lock, only_here = threading.Lock(), types.ModuleType("only_here")
+    monkeypatch.setitem(sys.modules, "only_here", only_here)
+    exec("def same(x): return x", vars(only_here))
 
     def locked(x):
         with lock:
             return {"y": x, "process": os.getpid()}
 
-    for run in (locked, lambda x: {"y": here["draw"] and x, "process": os.getpid()}):
+    for run in (locked, lambda x, same=only_here.same: {"y": same(x), "process": os.getpid()}):
         sweep = Sweep(run, {"x": [1, 2, 3]}, draw)
         with in_two_processes(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # not kept
             sweep.compute()
             assert [int(sweep.result(x=x)["y"]) for x in (1, 2, 3)] == [1, 2, 3]
+            assert {int(sweep.result(x=x)["process"]) for x in (1, 2, 3)} == {os.getpid()}
 
 
 def test_threads_do_not_share_random_state():
