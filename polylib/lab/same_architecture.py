@@ -5,9 +5,9 @@ from types import FunctionType
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from polylib.lab.data_reading import hooks
-from polylib.lab.origin import is_own
 from polylib.lab.reading import Reader
 
 _OF_EVERY_MODULE = set(vars(nn.Module()))
@@ -79,13 +79,11 @@ class _Reader(Reader):
         return self.join("part", part)
 
     def _read(self, value: Any) -> str:
-        # torch's own functions, as those of a parametrization, are handed the module that they act on
-        of_reader = isinstance(value, FunctionType) and is_own(value.__globals__.get("__name__"))
-        self._in_functions += of_reader
+        self._in_functions += isinstance(value, FunctionType)
         try:
             return super()._read(value)
         finally:
-            self._in_functions -= of_reader
+            self._in_functions -= isinstance(value, FunctionType)
 
 
 def _check_apart(models: Sequence[nn.Module]) -> None:
@@ -105,7 +103,7 @@ def _description(model: nn.Module, reader: _Reader) -> dict[str, tuple[str, str]
     found: dict[str, Any] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         dot = f"{path}." if path else ""
-        found[f"type({path or 'model'})"] = type(module)
+        found[f"type({path or 'model'})"] = type_before_parametrizations(module)
         own = {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
         of_calls = {name: items for name, items in hooks(vars(module)).items() if "ward" in name and items}
         for name, value in ({"training": module.training} | own | of_calls).items():

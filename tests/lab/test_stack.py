@@ -493,6 +493,7 @@ LINEAR, SAME = nn.Linear(2, 2), nn.Linear(2, 2)
         ([Network(2, tied=True), Network(2)], "the same as second"),
         ([LINEAR, LINEAR], "of their own"),
         ([nn.LazyLinear(2)], "first input"),
+        ([nn.Linear(2, 2), nn.utils.parametrizations.orthogonal(nn.Linear(2, 2))], "tensor weight = .* missing"),
         ([nn.Linear(2, 2).requires_grad_(False)], "parameter that requires a gradient"),
         ([holding(k, lambda k: types.SimpleNamespace(scale=k)) for k in range(2)], "held = namespace.scale=0."),
         ([holding(k, lambda k: np.array(k)) for k in range(2)], "held = array.0. in models.0. and array.1."),
@@ -534,6 +535,7 @@ def looped(k):
         looped,
         lambda k: nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)),
         lambda k: nn.utils.parametrizations.orthogonal(nn.Linear(2, 2)),
+        lambda k: copy.deepcopy(nn.utils.parametrizations.orthogonal(nn.Linear(2, 2))),
     ],
 )
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
