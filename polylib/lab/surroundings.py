@@ -73,7 +73,10 @@ def own_state(seed: int = 0) -> Iterator[None]:
     devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002
-    torch.manual_seed(seed)
+    if torch.cuda.is_available():
+        torch.manual_seed(seed)
+    else:  # where torch would remember each call for a GPU that it has not started
+        torch.default_generator.manual_seed(seed)
     try:
         with held():
             yield
