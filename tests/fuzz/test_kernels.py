@@ -125,14 +125,32 @@ def compare(actual, expected, args, dtype, sizes=None) -> None:
             assert (error <= allowed).all(), (number, (error / allowed).max().item(), a.shape)
 
 
+def poly_norm_sizes(x, weight, bias) -> list[torch.Tensor]:
+    """The magnitudes of the terms, by the formulas at the head of the module; all arguments are positive."""
+    result, slope, sums = bias.expand(x.shape), torch.zeros_like(x), []
+    for p, a in enumerate(weight.flip(0), 1):
+        power = x**p
+        r = (power.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+        result = result + a * r * power
+        slope = slope + p * a * r * x ** (p - 1) * (1 + r**2 * power * power.mean(-1, keepdim=True))
+        sums.insert(0, (r * power).sum())
+    return [result, slope, torch.stack(sums), torch.full_like(bias, x.numel())]
+
+
+def sizes_of(function, args, options) -> list[torch.Tensor] | None:
+    """The sums of the magnitudes of the terms of the result and of each gradient, of the functions that may cancel."""
+    args = [t.double().abs() for t in args]
+    if function is kernels.poly_norm:
+        return poly_norm_sizes(*args)
+    return gradients(function, args, options) if function in (kernels.phm_linear, kernels.quadratic_linear) else None
+
+
 def compare_with_float64(drawn, backend: str) -> None:
-    """The result and all gradients. Of sums of products, the same with all signs positive is the size of the terms."""
+    """The result and all gradients."""
     function, args, options = drawn
-    wide = [t.double() for t in args]
-    expected = gradients(function, wide, options)
-    products = function in (kernels.phm_linear, kernels.quadratic_linear)
-    sizes = gradients(function, [t.abs() for t in wide], options) if products else None
-    compare(gradients(function, args, options | {"backend": backend}), expected, args, args[0].dtype, sizes)
+    expected = gradients(function, [t.double() for t in args], options)
+    actual = gradients(function, args, options | {"backend": backend})
+    compare(actual, expected, args, args[0].dtype, sizes_of(function, args, options))
 
 
 SMOOTH = [poly_relu, poly_norm, group_rational, evonorm_s0, phm_linear, quadratic_linear]
@@ -159,11 +177,13 @@ def test_triton_equals_the_reference(case, device):
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
-def test_a_gradient_whose_terms_cancel(backend, device):
-    """The gradient of A is one number here, a hundredth of its terms: found by the test above it."""
+def test_gradients_whose_terms_cancel(backend, device):
+    """Found by the tests above: that of A is a hundredth of its terms here, that of a row of one entry nearly zero."""
     gen = torch.Generator().manual_seed(659)
     args = [torch.randn(*shape, generator=gen).bfloat16() for shape in ((24, 2), (1, 1, 1), (1, 4, 2), (4,))]
     compare_with_float64((kernels.phm_linear, args, {}), backend)
+    args = [torch.tensor(t) for t in ([[0.1912]], [0.5149, -2.6913, 2.8837], [0.0])]
+    compare_with_float64((kernels.poly_norm, args, {}), backend)
 
 
 def away_from_borders(draw, dtype: torch.dtype, codes: int, step: float, *shape: int) -> torch.Tensor:
