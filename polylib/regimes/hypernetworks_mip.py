@@ -1,8 +1,8 @@
 """Hypernetworks whose predictions don't scale with their input: a code of constant length, and changes to own weights.
 
-After Gonzalez Ortiz, Guttag and Dalca, "Magnitude Invariant Parametrizations Improve Hypernetwork Learning" (2024), and
-their package `hyperlight` 0.0.5, whose initial values are kept. A hypernetwork predicts, from a few numbers, all weights
-of a primary network, which `torch.func.functional_call` then applies.
+After Gonzalez Ortiz, Guttag and Dalca, "Magnitude Invariant Parametrizations Improve Hypernetwork Learning" (2024),
+and their package `hyperlight` 0.0.5, whose initial values are kept. A hypernetwork predicts, from a few numbers, all
+weights of a primary network, which `torch.func.functional_call` then applies.
 """
 
 import math
@@ -59,9 +59,9 @@ def encode_constant_norm(z: Tensor, mode: str = "cos_sin", *, strict: bool = Fal
 class MIPHyperNet(nn.Module):
     """Predicts the named weights of a primary network: theta = theta0 + h(E(inputs)).
 
-    E is an encoding of constant norm, h a perceptron, and theta0 the weights that a network without a hypernetwork would
-    have. theta0 is the bias of the last layer of h, and is trained with it. `encoding="none", residual=False` gives the
-    ordinary hypernetwork, in which that bias starts at zero.
+    E is an encoding of constant norm, h a perceptron, and theta0 the weights that a network without a hypernetwork
+    would have. theta0 is the bias of the last layer of h, and is trained with it. `encoding="none", residual=False`
+    gives the ordinary hypernetwork, in which that bias starts at zero.
 
     Args:
         input_shapes: of each input by name. The inputs are flattened and put side by side in the order of their names,

@@ -58,9 +58,9 @@ def test_the_sphere_has_a_floor_and_finite_gradients():
 
 @pytest.mark.parametrize("mode", ["cos_sin", "complement"])
 def test_inputs_outside_the_unit_interval_warn_or_raise(mode):
-    with pytest.warns(UserWarning, match="between 0 and 1"):
+    with pytest.warns(UserWarning, match="must lie between"):
         encode_constant_norm(torch.tensor([0.5, 2.0]), mode)
-    with pytest.raises(ValueError, match="got -1 to 0.5"):
+    with pytest.raises(ValueError, match="got -1 to"):
         encode_constant_norm(torch.tensor([0.5, -1.0]), mode, strict=True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -244,9 +244,9 @@ def test_inputs_that_do_not_fit_are_refused(inputs, words):
 
 def test_weights_that_do_not_fit_are_refused():
     net, module = hypernetwork(), Primary()
-    with pytest.raises(ValueError, match="weights must be first.weight"):
+    with pytest.raises(ValueError, match="weights must be first"):
         net.set_base_weights({"first.weight": torch.ones(6, 5)})
-    with pytest.raises(ValueError, match="last.bias must have shape"):
+    with pytest.raises(ValueError, match="bias must have shape"):
         net.set_base_weights(net.base_weights() | {"last.bias": torch.ones(4)})
     with pytest.raises(ValueError, match="names must be one of"):
         MIPHyperNet.from_module(module, {"gamma": (1,)}, [4], names=["middle.weight"])
