@@ -8,7 +8,7 @@ weights of a primary network, which `torch.func.functional_call` then applies.
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -95,7 +95,8 @@ class MIPHyperNet(nn.Module):
     ) -> None:
         super().__init__()
         self.encoding = _checks.choice("encoding", encoding, (*ENCODINGS, "none"))
-        gain = nn.init.calculate_gain(ACTIVATIONS[_checks.choice("activation", activation, ACTIVATIONS)])
+        kind: Any = ACTIVATIONS[_checks.choice("activation", activation, ACTIVATIONS)]
+        gain = nn.init.calculate_gain(kind)
         self.input_shapes = _shapes("input_shapes", input_shapes)
         self.output_shapes = _shapes("output_shapes", output_shapes)
         if not hidden_sizes:
@@ -150,17 +151,18 @@ class MIPHyperNet(nn.Module):
     def code(self, **inputs: Tensor) -> Tensor:
         """What the perceptron sees of the inputs: `(B, entries)` or `(entries,)`. Raises as `forward` does."""
         _same_names("inputs", self.input_shapes, inputs)
-        leading = set()
+        leading = []
         for name, shape in self.input_shapes.items():
             value, extra = inputs[name], inputs[name].dim() - len(shape)
             fits = extra in (0, 1) and tuple(value.shape[extra:]) == shape
             _checks.shape(name, value, f"{shape} or {('B', *shape)}", fits)
-            leading.add(tuple(value.shape[:extra]))
-        if len(leading) > 1:
+            leading.append(tuple(value.shape[:extra]))
+        batch = leading[0]
+        if any(own != batch for own in leading[1:]):
             sizes = {name: tuple(value.shape) for name, value in inputs.items()}
             raise ValueError(f"inputs must have one batch size, got {sizes}")
-        batch = leading.pop()
-        flat = torch.cat([inputs[name].reshape(*batch, -1) for name in sorted(self.input_shapes)], -1)
+        shapes = sorted(self.input_shapes.items())
+        flat = torch.cat([inputs[name].reshape(*batch, math.prod(shape)) for name, shape in shapes], -1)
         return flat if self.encoding == "none" else encode_constant_norm(flat, self.encoding)
 
     def base_weights(self) -> dict[str, Tensor]:
