@@ -6,6 +6,8 @@ from .grokking_lazy_rich import lifted_moment as lifted_moment
 from .grokking_lazy_rich import moment_kernel as moment_kernel
 from .grokking_lazy_rich import moment_output as moment_output
 from .grokking_lazy_rich import quadratic_test_loss as quadratic_test_loss
+from .hypernetworks_mip import MIPHyperNet as MIPHyperNet
+from .hypernetworks_mip import encode_constant_norm as encode_constant_norm
 from .initialisation import aligned_init as aligned_init
 from .initialisation import effective_rank as effective_rank
 from .initialisation import low_rank_init as low_rank_init

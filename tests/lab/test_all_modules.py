@@ -45,6 +45,17 @@ def pruned() -> nn.Module:
     return importlib.import_module("polylib.neurons.selectable_kan").PrunedKANLinear(layer)
 
 
+class Predicted(nn.Module):
+    """A hypernetwork as a module of one input and one output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = regimes.MIPHyperNet({"gamma": (3,)}, {"a.weight": (4, 2), "a.bias": (4,)}, [5])
+
+    def forward(self, gamma: torch.Tensor) -> torch.Tensor:
+        return torch.cat([value.flatten(1) for value in self.inner(gamma=gamma).values()], 1)
+
+
 def uniform(*shape: int) -> torch.Tensor:
     return torch.rand(shape) - 0.5
 
@@ -73,6 +84,7 @@ EXAMPLES: dict[str, tuple[Callable[[], nn.Module], Callable[[int], torch.Tensor]
     "GroupRational": (lambda: neurons.GroupRational(8, groups=2), lambda n: torch.randn(n, 8)),
     "LSQQuantizer": (lambda: quantization.LSQQuantizer(4, axis=-1), lambda n: torch.randn(n, 6)),
     "LinearizedModel": (lambda: regimes.LinearizedModel(nn.Linear(8, 6)), lambda n: torch.randn(n, 8)),
+    "MIPHyperNet": (Predicted, lambda n: torch.rand(n, 3)),
     "PHConv1d": (lambda: neurons.PHConv1d(4, 6, 3, n=2), lambda n: torch.randn(n, 4, 9)),
     "PHConv2d": (lambda: neurons.PHConv2d(4, 6, 3, n=2), lambda n: torch.randn(n, 4, 7, 6)),
     "PHConv3d": (lambda: neurons.PHConv3d(4, 6, 2, n=2), lambda n: torch.randn(n, 4, 3, 4, 5)),
