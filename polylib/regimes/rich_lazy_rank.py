@@ -154,7 +154,7 @@ def train_to_loss(
 
     def look(step: int) -> None:
         if watch and step in watch_at:
-            watched.append(watch(_written(whole, stack.parameters, alive)))
+            watched.append(watch(_written(whole, stack.parameters, alive) if len(alive) else whole))
 
     look(0)
     for step in range(max_steps):
@@ -169,8 +169,9 @@ def train_to_loss(
         if not going.all():
             whole = _written(whole, stack.parameters, alive)
             reached[alive[done]] = True
-            stack.keep(going)
             alive, running = alive[going], running[going]
+            if len(alive):
+                stack.keep(going)
         if not len(alive):
             for later in (n for n in watch_at if n > step):
                 look(later)
