@@ -38,13 +38,15 @@ class Runs:
         self.ran: list[str] = []
         self.failing: set[str] = set()
         self.slow: set[str] = set()
+        self.slow_beside_others: set[str] = set()
         monkeypatch.setattr(tests, "_run", self.run)
 
     def run(self, files: list[Path], workers: int) -> tuple[dict, dict, int]:
         names = {file.relative_to(tests.ROOT).as_posix(): file.parent.name for file in files}
         self.ran = sorted(names.values())
         counts = {name: [2, 1, 0] if part in self.failing else [3, 0, 0] for name, part in names.items()}
-        seconds = {name: 100.0 if part in self.slow else 1.0 for name, part in names.items()}
+        slow = self.slow | (self.slow_beside_others if len(files) > 1 else set())
+        seconds = {name: 100.0 if part in slow else 1.0 for name, part in names.items()}
         return counts, seconds, int(bool(self.failing))
 
     def __call__(self) -> tuple[int, int, str]:
@@ -87,6 +89,12 @@ def test_tests_that_take_too_long_fail(library: Runs) -> None:
     library.slow = {"blue"}
     _, failed, look = library()
     assert failed == 1 and "tests/blue/test_thing.py takes 100 t" in look
+
+
+def test_tests_that_take_long_beside_others_run_once_more_alone(library: Runs) -> None:
+    library.slow_beside_others = {"blue"}
+    assert library()[1] == 0 and library.ran == ["blue"]  # the second time
+    assert library()[1] == 0 and library.ran == []
 
 
 def test_imports_in_the_strings_of_a_test_count(project: Path, library: Runs) -> None:

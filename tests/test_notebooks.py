@@ -216,6 +216,21 @@ def test_a_notebook_beyond_the_limit_is_a_problem_also_when_it_is_restored(book:
     assert run() == [] and "is the limit" in run.problems[0]
 
 
+def test_a_notebook_that_is_late_beside_others_runs_once_more_alone(book: Path, run: Ran, monkeypatch) -> None:
+    write(book, name="one")
+    write(book, name="two")
+    usual = run.nbmake
+
+    def nbmake(collect: Collect, files: list[Path], workers: int) -> int:
+        run.seconds = 1.0 if workers == 1 else execute.LIMIT * pace.BROKEN + 1
+        return usual(collect, files, workers)
+
+    monkeypatch.setattr(execute, "run_nbmake", nbmake)
+    monkeypatch.setattr(pace, "cores", lambda: 2)
+    assert run() == ["one", "one", "two", "two"] and not run.problems
+    assert run() == [] and not run.problems
+
+
 def test_checkpoints_of_jupyterlab_are_no_chapters(book: Path) -> None:
     (book / "book" / ".ipynb_checkpoints").mkdir()
     write(book, name=".ipynb_checkpoints/one-checkpoint")

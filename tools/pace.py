@@ -6,9 +6,9 @@ import sys
 import time
 
 ADDITIONS = 10_000_000
-# A limit is passed by half again at times, since other processes share the machine: what is beyond it is named. Beyond
-# twice the limit the check fails.
-BROKEN = 2
+# What is beyond its limit is named. Beyond half again, the room for noise, it runs once more alone, since other
+# processes share the machine; the check fails if it takes as long then.
+BROKEN = 1.5
 
 
 def additions() -> float:
