@@ -54,13 +54,14 @@ def table(found: dict[str, dict[tuple[str, str], dict[str, str]]]) -> tuple[list
 
 def verdicts(names: Iterable[str], workers: int) -> bool:
     notebooks = find(list(names))
+    digests = {path: digest_of(notebook) for path, notebook in notebooks.items()}  # before torch sees other switches
     found: dict[str, dict[tuple[str, str], dict[str, str]]] = {}
     failed = []
     for way, settings in WAYS.items():
         print(f"\n== {way}: {len(notebooks)} notebooks", flush=True)
         switch(settings)
         variant = f"-{way}" if settings else ""
-        executed = {path: done for path in notebooks if (done := kept(digest_of(notebooks[path]) + variant))}
+        executed = {path: done for path in notebooks if (done := kept(digests[path] + variant))}
         if stale := {path: notebook for path, notebook in notebooks.items() if path not in executed}:
             folder = EXECUTED / f"robust-{os.getpid()}"
             done = run(stale, folder, workers=workers, store=bool(variant), variant=variant)
