@@ -90,7 +90,7 @@ def quadratic_test_loss(moment: Tensor, beta: Tensor, alpha: Scale, epsilon: Sca
     """The expected squared error on y = (beta . x)^2 / 2 for x ~ N(0, I / D), exactly.
 
     With the mean m and the second moment M of the weights and A = alpha epsilon M - beta beta^T it is the sum of
-    alpha^2 |m|^2 / D, the linear part, (tr A)^2 / (4 D^2), the trace part, and |A|^2 / (2 D^2), the misalignment. It
+    alpha^2 m.m / D, the linear part, (tr A)^2 / (4 D^2), the trace part, and tr(A^2) / (2 D^2), the misalignment. It
     holds for the linearised twin too, whose m and M are those of `linearized_descent`.
 
     Args:

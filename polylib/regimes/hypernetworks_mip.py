@@ -26,7 +26,8 @@ def encode_constant_norm(z: Tensor, mode: str = "cos_sin", *, strict: bool = Fal
 
     - `"cos_sin"`: all cosines of pi z / 2, then all sines. The Euclidean norm is sqrt(D).
     - `"complement"`: z, then 1 - z. The sum of the entries is D; the Euclidean norm varies by a factor of sqrt(2).
-    - `"sphere"`: sqrt(D) z over the norm of z, for inputs without bounds. The magnitude is lost: with D = 1 all but the sign.
+    - `"sphere"`: z, brought to the norm sqrt(D), for inputs without bounds. The magnitude is lost: with D = 1 all but
+      the sign.
 
     Args:
         z: `(..., D)`, floating point. For the first two modes its entries are meant to lie between 0 and 1: outside,
