@@ -18,13 +18,22 @@ the kernels themselves run on CPU tensors, slowly: that is how they are tested w
 """
 
 from polylib.kernels._excerpt import excerpt
+from polylib.kernels.binary_linear import (
+    binary_linear,
+    binary_linear_reference,
+    pack_signs,
+    pack_signs_reference,
+    unpack_signs,
+)
 from polylib.kernels.evonorm_s0 import evonorm_s0, evonorm_s0_reference
 from polylib.kernels.fake_quantize import code_range, fake_quantize, fake_quantize_reference
+from polylib.kernels.fixed_point import fixed_point, fixed_point_codes, fixed_point_reference, raw_range
 from polylib.kernels.group_rational import group_rational, group_rational_reference
 from polylib.kernels.phm_linear import kronecker_weight, phm_linear, phm_linear_reference
 from polylib.kernels.poly_norm import poly_norm, poly_norm_reference
 from polylib.kernels.poly_relu import poly_relu, poly_relu_reference
 from polylib.kernels.quadratic_linear import quadratic_linear, quadratic_linear_reference
+from polylib.kernels.sine_binarize import sine_binarize, sine_binarize_reference
 from polylib.kernels.stats_quantize import stats_codes, stats_quantize, stats_quantize_reference
 from polylib.kernels.sweep_step import (
     sweep_adam_step,
@@ -34,15 +43,22 @@ from polylib.kernels.sweep_step import (
 )
 
 __all__ = [
+    "binary_linear",
+    "binary_linear_reference",
     "code_range",
     "evonorm_s0",
     "evonorm_s0_reference",
     "excerpt",
     "fake_quantize",
     "fake_quantize_reference",
+    "fixed_point",
+    "fixed_point_codes",
+    "fixed_point_reference",
     "group_rational",
     "group_rational_reference",
     "kronecker_weight",
+    "pack_signs",
+    "pack_signs_reference",
     "phm_linear",
     "phm_linear_reference",
     "poly_norm",
@@ -51,6 +67,9 @@ __all__ = [
     "poly_relu_reference",
     "quadratic_linear",
     "quadratic_linear_reference",
+    "raw_range",
+    "sine_binarize",
+    "sine_binarize_reference",
     "stats_codes",
     "stats_quantize",
     "stats_quantize_reference",
@@ -58,4 +77,5 @@ __all__ = [
     "sweep_adam_step_reference",
     "sweep_sgd_step",
     "sweep_sgd_step_reference",
+    "unpack_signs",
 ]
