@@ -6,6 +6,7 @@ the interpreter, gets a twentieth, and 2 at least.
 
 import os
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -241,6 +242,53 @@ def test_fake_quantize_reference(drawn):
 @given(fake_quantize())
 def test_fake_quantize_triton(device, drawn):
     check_quantized(drawn, "triton")
+
+
+@st.composite
+def fixed_point(draw):
+    dtype, signed = draw(dtypes), draw(st.booleans())
+    options = {
+        "width": draw(st.integers(1 + signed, 8)),
+        "signed": signed,
+        "rounding": draw(st.sampled_from(["trn", "trn_zero", "rnd", "rnd_conv"])),
+        "overflow": draw(st.sampled_from(["sat", "wrap"])),
+    }
+    int_bits = draw(st.floats(-12.0, 12.0, width=32))
+    spread = 2.0 ** (round(int_bits) - draw(st.integers(-1, 5)))
+    x = draw(tensors(draw(sizes), draw(sizes), dtype=torch.float32, low=-spread, high=spread)).to(dtype)
+    return x, torch.tensor(int_bits), options
+
+
+def check_fixed_point(drawn, backend):
+    """numpy's rounding and integers of 64 bits; float64 holds every v and every result of these dtypes exactly."""
+    x, int_bits, options = drawn
+    signed, width, overflow = options["signed"], options["width"], options["overflow"]
+    args = [x.detach().requires_grad_(), int_bits.requires_grad_()]
+    y = kernels.fixed_point(*args, **options, backend=backend)
+    actual = [y.detach(), *torch.autograd.grad(y, args, torch.ones_like(y))]
+    lsb = 2.0 ** (round(int_bits.item()) - width)
+    v = x.detach().double().numpy() / lsb
+    raw = {"trn": np.floor, "trn_zero": np.trunc, "rnd": lambda v: np.floor(v + 0.5), "rnd_conv": np.round}
+    raw = raw[options["rounding"]](v).astype(np.int64)
+    low, high = (-(2 ** (width - 1)), 2 ** (width - 1) - 1) if signed else (0, 2**width - 1)
+    inside = (v >= low) & (v <= high) | (overflow == "wrap")
+    code = np.clip(raw, low, high) if overflow == "sat" else (raw - low) % 2**width + low
+    slope = np.where(inside, code - v, code) * lsb * np.log(2)
+    y, grad_x = (torch.from_numpy(t).to(x.dtype) for t in (code * lsb, inside.astype(float)))
+    assert torch.equal(actual[0], y) and torch.equal(actual[1], grad_x)
+    assert abs(actual[2].item() - slope.sum()) <= ROUNDING[torch.float32] * np.abs(slope).sum()
+
+
+@REFERENCE
+@given(fixed_point())
+def test_fixed_point_reference(drawn):
+    check_fixed_point(drawn, "reference")
+
+
+@TRITON
+@given(fixed_point())
+def test_fixed_point_triton(device, drawn):
+    check_fixed_point(drawn, "triton")
 
 
 @st.composite

@@ -13,7 +13,7 @@ from polylib.kernels import excerpt
 
 NVIDIA = [target for target in compile_report.TARGETS if target.startswith("sm_")]
 # Tensors of a few hundred entries, whose loads are no traffic; values of which a launch reads one a row or a group.
-SMALL = {"weight", "bias", "v", "numerator", "denominator", "A", "sums", "partial", "b_r", "b_g", "b_b", "grad_b"}
+SMALL = {"weight", "bias", "v", "numerator", "denominator", "A", "sums", "partial", "b_r", "b_g", "b_b", "grad_b", "int_bits"}
 ODD = ("x1001", "x4099", "17003", "17x17")  # in the names of cases whose rows are no multiple of 16 bytes
 A_ROW = {"rate", "decay", "means", "rstds", "mean_out", "rstd_out"}
 
@@ -129,5 +129,5 @@ def test_every_op_has_an_excerpt_that_is_short(op):
 
 
 def test_excerpt_of_no_op():
-    with pytest.raises(ValueError, match=r"op_name must be one of evonorm_s0, .* got 'no_such_op'"):
+    with pytest.raises(ValueError, match=r"op_name must be one of binary_linear, .* got 'no_such_op'"):
         excerpt("no_such_op")

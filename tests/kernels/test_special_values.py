@@ -1,4 +1,4 @@
-"""Where a result is infinite or not a number, it is so in the Triton path and in the reference alike, in all nine ops.
+"""Where a result is infinite or not a number, it is so in the Triton path and in the reference alike, in all ops.
 
 Each of these values is put into each input in turn, and y and every gradient are compared; what is finite is compared
 elsewhere. `DIFFERENT` lists what hangs on the order of products and sums: at an infinity, which of the values that are
@@ -40,6 +40,10 @@ def quantize(x, scale, backend):
     return kernels.fake_quantize(x, scale, 4, axis=0, backend=backend)
 
 
+def point(overflow):
+    return lambda x, p, backend: kernels.fixed_point(x, p, 4, overflow=overflow, backend=backend)
+
+
 def quadratic(*tensors, backend):
     return kernels.quadratic_linear(*tensors, backend=backend)
 
@@ -64,6 +68,8 @@ CASES = {
     "evonorm_s0 channels_last": (evonorm, [LASTS, *PARAMETERS]),
     "evonorm_s0 wide": (evonorm, [WIDE, *PARAMETERS]),
     "quadratic_linear": (quadratic, [random(3, 5), *QUADRATIC]),
+    "fixed_point": (point("sat"), [random(4, 8), torch.tensor(1.3)]),
+    "fixed_point wrap": (point("wrap"), [random(4, 8), torch.tensor(1.3)]),
     "stats_quantize": (lambda w, backend: kernels.stats_quantize(w, 3, backend=backend), [random(3, 8)]),
 }
 

@@ -27,8 +27,17 @@ def signs(x, scale):
     return kernels.fake_quantize(x, scale, 1, axis=0, clip=False)
 
 
+def point(x, int_bits):
+    return kernels.fixed_point(x, int_bits, 4)
+
+
+def point_wrapped(x, int_bits):
+    return kernels.fixed_point(x, int_bits, 4, overflow="wrap")
+
+
 # Codes away from the borders between them, some beyond the last level.
 QUANTIZED = [0.5 * torch.tensor([[0.3, -0.7, 1.2], [2.3, -6.4, 0.2]]).double(), torch.tensor([0.5, 0.5]).double()]
+POINTED = [QUANTIZED[0], torch.tensor(2.2).double()]  # 1.25 times this is another format
 POLYNOMIAL = [normal(2, 4), normal(3, seed=1), normal(1, seed=2)]
 IMAGES = [normal(2, 4, 2, 2), *(normal(4, seed=seed) for seed in (1, 2, 3))]
 SMOOTH = {
@@ -44,6 +53,8 @@ STEPPED = {
     "quantize": (quantize, QUANTIZED),
     "quantize_shifted": (quantize_shifted, QUANTIZED),
     "signs": (signs, QUANTIZED),
+    "fixed_point": (point, POINTED),
+    "fixed_point_wrapped": (point_wrapped, POINTED),
     "stats_quantize": (lambda w: kernels.stats_quantize(w, 3), [normal(2, 4)]),
 }
 CASES = SMOOTH | STEPPED
@@ -105,10 +116,10 @@ def test_autograd_outside_of_vmap(name):
         torch.testing.assert_close([g[i] for g in found], [*torch.autograd.grad(squares(function)(*each), each)])
 
 
-@pytest.mark.parametrize("function", [quantize, quantize_shifted])
-def test_straight_through_is_a_line_in_input_and_step(function):
-    x, scale = QUANTIZED
-    second = jacrev(jacrev(lambda *t: function(*t).sum(), (0, 1)), (0, 1))(x, scale)
+@pytest.mark.parametrize("name", ["quantize", "quantize_shifted", "fixed_point", "fixed_point_wrapped"])
+def test_straight_through_is_a_line_in_input_and_step(name):
+    function, tensors = STEPPED[name]
+    second = jacrev(jacrev(lambda *t: function(*t).sum(), (0, 1)), (0, 1))(*tensors)
     for row in second:
         for block in row:
             assert not block.any()
