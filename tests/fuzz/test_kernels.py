@@ -292,6 +292,38 @@ def test_fixed_point_triton(device, drawn):
 
 
 @st.composite
+def sine_weights(draw):
+    dtype, freq, size = draw(dtypes), draw(st.floats(0.0625, 64.0, width=32)), 10.0 ** draw(st.integers(-3, 4))
+    w = draw(tensors(draw(sizes), draw(sizes), dtype=torch.float32)) * size
+    return w.to(dtype), freq, draw(st.booleans())
+
+
+def check_sine(drawn, backend):
+    """The sine in float64 of the phase in float32; the square wave where the sine is not nearly zero."""
+    w, freq, hard = drawn
+    w = w.detach().requires_grad_()
+    y = kernels.sine_binarize(w, freq, hard, backend=backend)
+    (grad,) = torch.autograd.grad(y, w, torch.ones_like(y))
+    phase = (freq * w.detach().float()).double()
+    expected = torch.where(phase.sin() < 0, -1.0, 1.0).double() if hard else phase.sin()
+    off = (y.detach() - expected).abs() > ROUNDING[w.dtype]
+    assert not (off & ((phase.sin().abs() > 1e-6) | (phase == 0))).any()
+    assert ((grad - freq * phase.cos()).abs() <= ROUNDING[w.dtype] * freq).all()
+
+
+@REFERENCE
+@given(sine_weights())
+def test_sine_binarize_reference(drawn):
+    check_sine(drawn, "reference")
+
+
+@TRITON
+@given(sine_weights())
+def test_sine_binarize_triton(device, drawn):
+    check_sine(drawn, "triton")
+
+
+@st.composite
 def stats_rows(draw):
     return draw(tensors(draw(sizes), draw(sizes), dtype=torch.float32)), draw(st.integers(1, 6))
 

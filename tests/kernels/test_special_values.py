@@ -44,6 +44,10 @@ def point(overflow):
     return lambda x, p, backend: kernels.fixed_point(x, p, 4, overflow=overflow, backend=backend)
 
 
+def sine(hard):
+    return lambda w, backend: kernels.sine_binarize(w, 3.0, hard, backend=backend)
+
+
 def quadratic(*tensors, backend):
     return kernels.quadratic_linear(*tensors, backend=backend)
 
@@ -70,6 +74,8 @@ CASES = {
     "quadratic_linear": (quadratic, [random(3, 5), *QUADRATIC]),
     "fixed_point": (point("sat"), [random(4, 8), torch.tensor(1.3)]),
     "fixed_point wrap": (point("wrap"), [random(4, 8), torch.tensor(1.3)]),
+    "sine_binarize": (sine(False), [random(4, 8)]),
+    "sine_binarize hard": (sine(True), [random(4, 8)]),
     "stats_quantize": (lambda w, backend: kernels.stats_quantize(w, 3, backend=backend), [random(3, 8)]),
 }
 

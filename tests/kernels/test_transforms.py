@@ -47,6 +47,7 @@ SMOOTH = {
         lambda x, a, b: kernels.group_rational(x, a, b, 2), [normal(2, 4), normal(2, 6, seed=1), normal(2, 4, seed=2)]
     ),
     "evonorm_s0": (lambda *tensors: kernels.evonorm_s0(*tensors, 2), IMAGES),
+    "sine": (lambda w: kernels.sine_binarize(w, 2.5, False), [normal(2, 4)]),
     "phm_linear": (kernels.phm_linear, [normal(2, 4), normal(2, 2, 2, seed=1), normal(2, 2, 2, seed=2)]),
 }  # fmt: skip
 STEPPED = {
@@ -55,6 +56,7 @@ STEPPED = {
     "signs": (signs, QUANTIZED),
     "fixed_point": (point, POINTED),
     "fixed_point_wrapped": (point_wrapped, POINTED),
+    "square_wave": (lambda w: kernels.sine_binarize(w, 2.5, True), [normal(2, 4)]),
     "stats_quantize": (lambda w: kernels.stats_quantize(w, 3), [normal(2, 4)]),
 }
 CASES = SMOOTH | STEPPED
