@@ -324,6 +324,31 @@ def test_sine_binarize_triton(device, drawn):
 
 
 @st.composite
+def packed(draw):
+    rows, outputs, features = draw(sizes), draw(sizes), draw(st.integers(1, 200))
+    return [draw(tensors(n, features, dtype=draw(dtypes))) for n in (rows, outputs)]
+
+
+def check_signs(drawn, backend):
+    words = [kernels.pack_signs(t, backend=backend) for t in drawn]
+    signs = [np.where(t.float().numpy() >= 0, 1, -1) for t in drawn]
+    y = kernels.binary_linear(*words, drawn[0].shape[1], backend=backend)
+    assert np.array_equal(y.numpy(), signs[0] @ signs[1].T)
+
+
+@REFERENCE
+@given(packed())
+def test_binary_linear_reference(drawn):
+    check_signs(drawn, "reference")
+
+
+@TRITON
+@given(packed())
+def test_binary_linear_triton(device, drawn):
+    check_signs(drawn, "triton")
+
+
+@st.composite
 def stats_rows(draw):
     return draw(tensors(draw(sizes), draw(sizes), dtype=torch.float32)), draw(st.integers(1, 6))
 

@@ -159,3 +159,10 @@ def test_sweep_step(kind_of_step, position, device):
         )
         results = [step(state, backend) for backend in ("triton", "reference")]
         assert torch.equal(*map(kind, results)), value
+
+
+@pytest.mark.parametrize("features", [5, 40])
+def test_pack_signs(features, device):
+    for value in VALUES:
+        x = with_value([random(3, features)], 0, value)[0]
+        assert torch.equal(*(kernels.pack_signs(x, backend=backend) for backend in ("triton", "reference"))), value
