@@ -103,11 +103,10 @@ def _rounded(v: Tensor, rounding: str) -> Tensor:
 
 def _codes(x: Tensor, int_bits: Tensor, width: int, signed: bool, rounding: str, overflow: str) -> tuple[Tensor, ...]:
     """Return the codes, v = x / l, v within the range (as it is if it wraps), and l."""
-    point = widened(int_bits).round()
-    ok = (point >= width - 126) & (point <= 127)
-    exponent = torch.where(ok, point - width, 0.0)
-    lsb = torch.where(ok, _power_of_two(exponent), torch.nan).to(x.dtype)
-    v = x * torch.where(ok, _power_of_two(-exponent), torch.nan).to(x.dtype)
+    wanted = widened(int_bits).round() - width
+    exponent = wanted.clamp(-126, 127 - width)
+    lsb = torch.where(exponent == wanted, _power_of_two(exponent), torch.nan).to(x.dtype)
+    v = x / lsb
     low, high = raw_range(width, signed)
     if overflow == "sat":
         bound = v.clamp(low, high)
