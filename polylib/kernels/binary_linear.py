@@ -55,8 +55,8 @@ def binary_linear_reference(x_words: Tensor, w_words: Tensor, features: int) -> 
 
     x_words (..., L), w_words (N, L), both from `pack_signs`; features is K. PyTorch itself checks the arguments.
     """
-    dtype = torch.float32 if features <= 2**24 else torch.float64
-    x, w = (unpack_signs(words, features, dtype) for words in (x_words, w_words))
+    # float32 would lose whole numbers beyond 2**24, and those beyond 256 under autocast, which leaves float64 alone.
+    x, w = (unpack_signs(words, features, torch.float64) for words in (x_words, w_words))
     return (x @ w.mT).to(torch.int32)
 
 

@@ -104,6 +104,14 @@ def test_signs_of_extreme_values(backend, dtype, device):
     assert pack_signs(x, backend=backend).tolist() == [0b01000111]
 
 
+@BACKENDS
+def test_autocast_changes_nothing(backend, device):
+    """A sum of 601 is none of bfloat16's numbers."""
+    words = pack_signs(torch.ones(1, 601, device=device))
+    with torch.autocast(device.type, torch.bfloat16):
+        assert binary_linear(words, words, 601, backend=backend) == 601
+
+
 def test_no_gradient(device):
     x = make(3, 40, device=device).requires_grad_()
     for backend in ("triton", "reference"):
