@@ -13,8 +13,17 @@ from .learning_rate_batch_size import batch_top_eigenvalue as batch_top_eigenval
 from .learning_rate_batch_size import hessian_noise as hessian_noise
 from .learning_rate_batch_size import lr_momentum_from_spectrum as lr_momentum_from_spectrum
 from .learning_rate_batch_size import max_learning_rate as max_learning_rate
+from .opposing_signals import Moments as Moments
+from .opposing_signals import OpposingData as OpposingData
+from .opposing_signals import descend_product as descend_product
+from .opposing_signals import group_gradients as group_gradients
+from .opposing_signals import loss_change_groups as loss_change_groups
+from .opposing_signals import moments as moments
+from .opposing_signals import opposing_data as opposing_data
+from .opposing_signals import product_hessian as product_hessian
 from .scaling import extrapolate as extrapolate
 from .scaling import optimal_learning_rate as optimal_learning_rate
+from .sharpness import hessian_top_eigenvalue as hessian_top_eigenvalue
 from .small_scale_proxies import AdamWIndependent as AdamWIndependent
 from .small_scale_proxies import QKNormAttention as QKNormAttention
 from .small_scale_proxies import cross_entropy_z_loss as cross_entropy_z_loss
