@@ -53,7 +53,7 @@ def test_the_largest_is_not_the_one_of_largest_size():
 
 def test_a_warm_start_needs_few_steps(problem):
     loss, params = problem
-    value, vector = hessian_top_eigenvalue(loss, params, num_steps=40)
+    _, vector = hessian_top_eigenvalue(loss, params, num_steps=40)
     moved = {name: p + 1e-3 for name, p in params.items()}
     exact = hessian_top_eigenvalue(loss, moved, num_steps=40)[0].item()
     warm = hessian_top_eigenvalue(loss, moved, num_steps=3, v0=vector)[0].item()
