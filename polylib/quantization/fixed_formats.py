@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from polylib import _checks
-
-ROUNDINGS = ("trn", "trn_zero", "rnd", "rnd_conv")
-OVERFLOWS = ("wrap", "sat")
+from polylib.kernels import raw_range
+from polylib.kernels.fixed_point import OVERFLOWS, ROUNDINGS
 
 
 class FixedFormat(NamedTuple):
@@ -38,7 +37,7 @@ class FixedFormat(NamedTuple):
     @property
     def raw_range(self) -> tuple[int, int]:
         """The least and the largest raw integer."""
-        return (-(1 << self.width - 1), (1 << self.width - 1) - 1) if self.signed else (0, (1 << self.width) - 1)
+        return raw_range(self.width, self.signed)
 
     @property
     def range(self) -> tuple[float, float]:

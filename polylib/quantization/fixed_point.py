@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from polylib import _checks
-from polylib.kernels.fixed_point import fixed_point
+from polylib.kernels import fixed_point, fixed_point_codes
 from polylib.quantization.fixed_formats import FixedFormat, modes
 
 
@@ -23,7 +23,7 @@ class FixedPoint(nn.Module):
     beyond the range get no gradient, and pull the binary point instead, up if the loss wants them larger.
 
     Args:
-        width: bits in all: 2 to 24, or from 1 if unsigned, so that float32 holds every number of the format.
+        width: bits in all: 2 to 25, or 1 to 24 if unsigned, so that float32 holds every number of the format.
         int_bits: where the binary point starts.
         signed: two's complement, or from zero upwards.
         rounding, overflow: as in `integer_cast`. The default of synthesis tools is `"trn"` and `"wrap"`.
@@ -46,7 +46,7 @@ class FixedPoint(nn.Module):
         learn: bool = True,
     ) -> None:
         super().__init__()
-        self.width, self.signed = _checks.integer("width", width, 2 if signed else 1, 24), signed
+        self.width, self.signed = _checks.integer("width", width, 1 + signed, 24 + signed), signed
         self.rounding, self.overflow = modes(rounding, overflow)
         value = torch.tensor(_checks.number("int_bits", int_bits), dtype=torch.get_default_dtype())
         self.int_bits = nn.Parameter(value, requires_grad=learn)
@@ -75,7 +75,8 @@ class FixedPoint(nn.Module):
         """The raw integers that entries are cast to, int64."""
         if x.isnan().any():
             raise ValueError("x must be without NaN, got some")
-        return torch.ldexp(self(x.double()), torch.tensor(self.format.fraction_bits)).long()
+        codes, _lsb = fixed_point_codes(x, self.int_bits, self.width, self.signed, self.rounding, self.overflow)
+        return codes.long()
 
     @torch.no_grad()
     def calibrate(self, x: Tensor, by: str = "range") -> None:

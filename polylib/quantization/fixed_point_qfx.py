@@ -63,8 +63,9 @@ class FixedPointResidualBlock(nn.Module):
     Mean and variance are those of the batch in training, and running ones in evaluation.
 
     In evaluation mode all arithmetic is in float64, and so exact as long as no intermediate format has more than 52
-    bits: the numbers are those of `export_integers`. Training computes in the dtype of x, float32 at least, which holds
-    sums of n products exactly up to 24 bits. Autocast is switched off inside.
+    bits: the numbers are those of `export_integers`. Training computes in the dtype of x, float32 at least, in which
+    the products are exact as long as their format has at most 26 bits (and no TF32 is allowed on a GPU). Autocast is
+    switched off inside.
 
     Args:
         features: n, of input and output: `(..., n)`.
@@ -130,7 +131,8 @@ class FixedPointResidualBlock(nn.Module):
     def _forward(self, x: Tensor, cast: Callable[[str, Tensor], Tensor]) -> Tensor:
         _checks.shape("x", x, f"(..., {self.features})", x.dim() >= 1 and x.shape[-1] == self.features)
         dtype = torch.promote_types(x.dtype, torch.float32) if self.training else torch.float64
-        with torch.autocast(x.device.type, enabled=False):
+        device = "cpu" if x.is_meta else x.device.type  # autocast doesn't know the meta device
+        with torch.autocast(device, enabled=False):
             wide = x.to(dtype)
             weight = self._few_ones(cast("weight", self.weight.to(dtype)), self.casts["weight"], self.k_weight)
             a = cast("product", F.linear(wide, weight))
