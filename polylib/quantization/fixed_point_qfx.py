@@ -119,7 +119,7 @@ class FixedPointResidualBlock(nn.Module):
         """
 
         def cast(name: str, value: Tensor) -> Tensor:
-            self.casts[name].calibrate(value, by)  # type: ignore[operator]
+            self.casts[name].calibrate(value, by)
             return self.casts[name](value)
 
         mode = self.training
