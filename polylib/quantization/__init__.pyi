@@ -1,5 +1,13 @@
 """Networks with few bits: the methods of the book's part on quantisation."""
 
+from .biper import BiPerConv1d as BiPerConv1d
+from .biper import BiPerConv2d as BiPerConv2d
+from .biper import BiPerLinear as BiPerLinear
+from .biper import PackedBinary as PackedBinary
+from .biper import laplace_binarization_error as laplace_binarization_error
+from .biper import periodic_penalty as periodic_penalty
+from .biper import set_stage as set_stage
+from .biper import sign_bireal as sign_bireal
 from .bit_allocation import ParetoFrontier as ParetoFrontier
 from .bit_allocation import pareto_frontier as pareto_frontier
 from .bit_allocation import select_bits as select_bits

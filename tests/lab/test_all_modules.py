@@ -68,6 +68,9 @@ def tokens(*shape: int) -> torch.Tensor:
 EXAMPLES: dict[str, tuple[Callable[[], nn.Module], Callable[[int], torch.Tensor]]] = {
     "ActivationQuantizer": (lambda: quantization.ActivationQuantizer(4, 6), lambda n: torch.randn(n, 5, 6)),
     "Attention": (lambda: transformer.Attention(8, 2, causal=True), lambda n: torch.randn(n, 5, 8)),
+    "BiPerConv1d": (lambda: quantization.BiPerConv1d(3, 4, 3, 20.0, padding=1), lambda n: torch.randn(n, 3, 9)),
+    "BiPerConv2d": (lambda: quantization.BiPerConv2d(3, 4, 3, 20.0, stage=2), lambda n: torch.randn(n, 3, 6, 7)),
+    "BiPerLinear": (lambda: quantization.BiPerLinear(8, 6, 20.0), lambda n: torch.randn(n, 8)),
     "BinaryQuantizer": (quantization.BinaryQuantizer, lambda n: torch.randn(n, 6)),
     "Block": (
         lambda: transformer.Block(8, transformer.Attention(8, 2, False), feed_forward(), nn.LayerNorm),
@@ -91,6 +94,10 @@ EXAMPLES: dict[str, tuple[Callable[[], nn.Module], Callable[[int], torch.Tensor]
     "PHConv2d": (lambda: neurons.PHConv2d(4, 6, 3, n=2), lambda n: torch.randn(n, 4, 7, 6)),
     "PHConv3d": (lambda: neurons.PHConv3d(4, 6, 2, n=2), lambda n: torch.randn(n, 4, 3, 4, 5)),
     "PHMLinear": (lambda: neurons.PHMLinear(8, 6, 2), lambda n: torch.randn(n, 8)),
+    "PackedBinary": (
+        lambda: quantization.PackedBinary(quantization.BiPerConv2d(3, 4, 3, 20.0, stage=2, padding=1)),
+        lambda n: torch.randn(n, 3, 6, 7),
+    ),
     "PolyNorm": (neurons.PolyNorm, lambda n: torch.randn(n, 8)),
     "PolyReLU": (neurons.PolyReLU, lambda n: torch.randn(n, 8)),
     "PolynomialTwoLayer": (lambda: regimes.PolynomialTwoLayer(8, 6, 1.0, 0.5), lambda n: torch.randn(n, 8)),
