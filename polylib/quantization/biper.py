@@ -1,7 +1,7 @@
 """Binary weights through a periodic function: the sign of a sine, trained through the sine.
 
-E. Vargas, C. V. Correa, C. Hinojosa, H. Arguello, "BiPer: Binary Neural Networks using a Periodic Function", CVPR 2024
-(arXiv 2404.01278), and the authors' code. A layer trains in two stages. In the first its weights are sin(freq * w), real
+Vargas, Correa, Hinojosa and Arguello, "BiPer: Binary Neural Networks using a Periodic Function", CVPR 2024 (arXiv
+2404.01278), and the authors' code. A layer trains in two stages. In the first its weights are sin(freq * w), real
 numbers, and its inputs already signs. In the second the weights are the signs of that sine, with the gradient of the
 sine, and training goes on from where the first stage ended: `set_stage(model, 2)` and a new optimizer.
 
@@ -188,7 +188,7 @@ def set_stage(model: nn.Module, stage: int) -> None:
 
 
 def periodic_penalty(model: nn.Module, tau: float) -> Tensor:
-    """tau times the sum over the periodic layers of the mean of sin(freq * weight) squared, as the authors' code has it.
+    """tau times the sum over the periodic layers of the mean of sin(freq * weight) squared, as in the authors' code.
 
     Added to the loss with tau above zero it pulls the sines towards 0, *away* from the signs. With tau below zero it
     pulls them towards -1 and 1.
