@@ -1,4 +1,5 @@
 import copy
+import itertools
 import math
 
 import pytest
@@ -232,7 +233,7 @@ def test_the_errors_of_laplace_weights(v):
     edges = [k * math.pi for k in range(int(60 * v / math.pi) + 2)]
 
     def mean(function):
-        parts = zip(edges, edges[1:], strict=False)
+        parts = itertools.pairwise(edges)
         return sum(quad(lambda t: function(math.sin(t)) * math.exp(-t / v) / v, *part)[0] for part in parts)
 
     scale = mean(abs)
@@ -247,7 +248,7 @@ def test_the_limits_of_the_errors():
     torch.testing.assert_close(laplace_binarization_error(1e-4), 1 - 1e-4, rtol=1e-6, atol=0)
     spreads = [0.05 * 1.1**k for k in range(60)]
     absolute = [laplace_binarization_error(v) for v in spreads]
-    assert all(after < before for before, after in zip(absolute, absolute[1:], strict=False))
+    assert all(after < before for before, after in itertools.pairwise(absolute))
     squared = [laplace_binarization_error(v, "squared") for v in spreads]
     best = spreads[squared.index(max(squared))]
     assert 0.85 < best < 1.06  # the squared error has its maximum in the middle
