@@ -2,6 +2,7 @@
 
 from .convex_relu import ConvexSolution as ConvexSolution
 from .convex_relu import admm_relu as admm_relu
+from .convex_relu import all_activation_patterns as all_activation_patterns
 from .convex_relu import network_objective as network_objective
 from .convex_relu import recover_network as recover_network
 from .convex_relu import sample_activation_patterns as sample_activation_patterns

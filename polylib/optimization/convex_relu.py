@@ -10,6 +10,8 @@ of a ridge regression but for a term of the rank of the samples, so that an iter
 the data, and grows linearly with the number of patterns.
 """
 
+import itertools
+import math
 from typing import NamedTuple
 
 import torch
@@ -43,6 +45,38 @@ def sample_activation_patterns(x: Tensor, num: int, generator: torch.Generator |
     )
     some = patterns.any(0)
     return patterns[:, some], gates[:, first[some]]
+
+
+def all_activation_patterns(x: Tensor) -> Tensor:
+    """All patterns of samples in general position (no d of them linearly dependent), but the one that passes nothing.
+
+    The patterns are the cells into which the samples, as planes through the origin, cut the space of directions. Each
+    cell has a corner ray on d - 1 of the planes; next to that ray lie the cells with every choice of side for these.
+
+    Args:
+        x: the samples, `(n, d)`, with d at least 2 and at most n.
+
+    Returns:
+        `(n, P)` of booleans, P = 2 sum_{k<d} binom(n - 1, k), less one if a direction passes nothing.
+
+    Raises:
+        ValueError: samples of another shape or not finite, or more than 100,000 choices of d - 1 samples.
+    """
+    _samples(x)
+    n, d = x.shape
+    _checks.shape("x", x, "(n, d) with d from 2 to n", 2 <= d <= n)
+    if math.comb(n, d - 1) > 100_000:
+        raise ValueError(f"x must have at most 100,000 choices of d - 1 rows, got {math.comb(n, d - 1):,}")
+    chosen = torch.combinations(torch.arange(n, device=x.device), d - 1)
+    rays = torch.linalg.svd(x[chosen].double()).Vh[:, -1]  # the direction that is orthogonal to the chosen samples
+    found = []
+    for sides in itertools.product((True, False), repeat=d - 1):
+        for signed in (rays, -rays):
+            patterns = x.double() @ signed.mT >= 0
+            side = torch.tensor(sides, device=x.device)[:, None].expand(-1, len(chosen))
+            found.append(patterns.scatter(0, chosen.mT, side))
+    patterns = torch.unique(torch.cat(found, 1), dim=1)
+    return patterns[:, patterns.any(0)]
 
 
 class ConvexSolution(NamedTuple):

@@ -7,6 +7,7 @@ import torch
 
 from polylib.optimization import (
     admm_relu,
+    all_activation_patterns,
     network_objective,
     recover_network,
     sample_activation_patterns,
@@ -24,13 +25,27 @@ def problem(n=8, d=2, seed=0):
     return x, torch.sin(3 * x[:, 0]) + 0.1 * torch.randn(n, generator=draw).double()
 
 
-def test_patterns_are_all_and_each_once():
+def columns(patterns):
+    return {tuple(column) for column in patterns.T.tolist()}
+
+
+@pytest.mark.parametrize(("n", "d"), [(5, 2), (9, 3), (6, 4), (3, 3)])
+def test_all_patterns_are_as_many_as_they_must_be(n, d):
+    x = torch.randn(n, d, generator=generator(1)).double()
+    patterns = all_activation_patterns(x)
+    most = 2 * sum(math.comb(n - 1, k) for k in range(d))
+    # Where one direction passes all, the opposite one passes nothing: that pattern is left out.
+    assert patterns.shape[1] == most - int(patterns.all(0).any())
+    assert len(columns(patterns)) == patterns.shape[1]
+    drawn, _ = sample_activation_patterns(x, 5000, generator())
+    assert columns(drawn) <= columns(patterns)
+
+
+def test_drawn_patterns_are_those_of_their_directions():
     x, _ = problem(9, 3)
-    patterns, gates = sample_activation_patterns(x, 20_000, generator())
+    patterns, gates = sample_activation_patterns(x, 2000, generator())
     assert torch.equal(x @ gates >= 0, patterns)
-    assert len({tuple(column) for column in patterns.T.tolist()}) == patterns.shape[1]
-    most = 2 * sum(math.comb(8, k) for k in range(3))
-    assert most - 3 <= patterns.shape[1] <= most - 1  # but the empty one, and a sliver or two
+    assert len(columns(patterns)) == patterns.shape[1]
     assert patterns.any(0).all()
     few, _ = sample_activation_patterns(x, 3, generator())
     assert few.shape[1] <= 3
@@ -172,6 +187,10 @@ def test_exact_bad_input(options, message):
 
 
 def test_other_bad_input():
+    with pytest.raises(ValueError, match="x must have shape"):
+        all_activation_patterns(torch.ones(2, 3))
+    with pytest.raises(ValueError, match="at most 100,000 choices"):
+        all_activation_patterns(torch.randn(60, 6))
     with pytest.raises(ValueError, match="num must be"):
         sample_activation_patterns(torch.ones(3, 2), 0)
     with pytest.raises(ValueError, match="w must have shape"):
