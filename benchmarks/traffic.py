@@ -61,7 +61,7 @@ class Kernels:
     def note(self, way: str, pointers: Any, mask: Any) -> None:
         size = pointers.get_element_ty().primitive_bitwidth // 8
         at, ok = np.broadcast_arrays(pointers.data, mask.data)
-        first = at[ok].astype(np.int64).ravel()
+        first = at[ok.astype(bool)].astype(np.int64).ravel()  # the interpreter has masks of zeros and ones, too
         self.requested += size * len(first)
         # Half-open bytes, one number each, so that accesses of different sizes can be compared.
         self.seen.setdefault(way, []).append(np.unique((first[:, None] + np.arange(size)).ravel()))

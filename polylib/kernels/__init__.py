@@ -29,6 +29,13 @@ from polylib.kernels.evonorm_s0 import evonorm_s0, evonorm_s0_reference
 from polylib.kernels.fake_quantize import code_range, fake_quantize, fake_quantize_reference
 from polylib.kernels.fixed_point import fixed_point, fixed_point_codes, fixed_point_reference, raw_range
 from polylib.kernels.group_rational import group_rational, group_rational_reference
+from polylib.kernels.masked_gemm_reduce import (
+    masked_gemm_adjoint,
+    masked_gemm_adjoint_reference,
+    masked_gemm_reduce,
+    masked_gemm_reduce_reference,
+    pack_mask,
+)
 from polylib.kernels.phm_linear import kronecker_weight, phm_linear, phm_linear_reference
 from polylib.kernels.poly_norm import poly_norm, poly_norm_reference
 from polylib.kernels.poly_relu import poly_relu, poly_relu_reference
@@ -57,6 +64,11 @@ __all__ = [
     "group_rational",
     "group_rational_reference",
     "kronecker_weight",
+    "masked_gemm_adjoint",
+    "masked_gemm_adjoint_reference",
+    "masked_gemm_reduce",
+    "masked_gemm_reduce_reference",
+    "pack_mask",
     "pack_signs",
     "pack_signs_reference",
     "phm_linear",

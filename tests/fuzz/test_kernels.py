@@ -349,6 +349,43 @@ def test_binary_linear_triton(device, drawn):
 
 
 @st.composite
+def masked_products(draw):
+    dtype, n, d, P = draw(dtypes), draw(sizes), draw(st.integers(1, 80)), draw(st.integers(1, 200))
+    x, delta, r = (draw(tensors(*shape, dtype=dtype)) for shape in ((n, d), (d, P), (n,)))
+    mask = draw(tensors(n, P, dtype=torch.float32)) > 0
+    return x, delta, r, kernels.pack_mask(mask) if draw(st.booleans()) else mask, mask.numpy()
+
+
+def check_masked(drawn, backend):
+    """Each of the two and its gradient, which is the other, by numpy."""
+    x, delta, r, given, mask = drawn
+    delta, r = delta.detach().requires_grad_(), r.detach().requires_grad_()
+    f = kernels.masked_gemm_reduce(x, delta, given, backend=backend)
+    adjoint = kernels.masked_gemm_adjoint(x, r, given, delta.shape[1], backend=backend)
+    gradients = [*torch.autograd.grad(f, delta, r.detach()), *torch.autograd.grad(adjoint, r, delta.detach())]
+
+    def by_numpy(x, delta, r):
+        f, adjoint = (mask * (x @ delta)).sum(1), x.T @ (mask * r[:, None])
+        return [torch.from_numpy(t) for t in (f, adjoint, adjoint, f)]
+
+    wide = [t.detach().double().numpy() for t in (x, delta, r)]
+    sizes = by_numpy(*(np.abs(t) for t in wide))
+    compare([f, gradients[0], adjoint, gradients[1]], by_numpy(*wide), [x], x.dtype, sizes)
+
+
+@REFERENCE
+@given(masked_products())
+def test_masked_gemm_reduce_reference(drawn):
+    check_masked(drawn, "reference")
+
+
+@TRITON
+@given(masked_products())
+def test_masked_gemm_reduce_triton(device, drawn):
+    check_masked(drawn, "triton")
+
+
+@st.composite
 def stats_rows(draw):
     return draw(tensors(draw(sizes), draw(sizes), dtype=torch.float32)), draw(st.integers(1, 6))
 

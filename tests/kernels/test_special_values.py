@@ -52,6 +52,14 @@ def quadratic(*tensors, backend):
     return kernels.quadratic_linear(*tensors, backend=backend)
 
 
+def masked(x, delta, backend):
+    return kernels.masked_gemm_reduce(x, delta, MASK, backend=backend)
+
+
+def masked_adjoint(x, r, backend):
+    return kernels.masked_gemm_adjoint(x, r, MASK, 5, backend=backend)
+
+
 def evonorm(x, weight, bias, v, backend):
     return kernels.evonorm_s0(x, weight, bias, v, 2, backend=backend)
 
@@ -61,6 +69,7 @@ LASTS = IMAGES.contiguous(memory_format=torch.channels_last)
 WIDE = random(1, 4, 4, 4)  # rows of memory that are a multiple of 16 bytes: a third kernel
 PARAMETERS = [random(4, seed=seed) for seed in (1, 2, 3)]
 QUADRATIC = [random(*shape, seed=seed) for seed, shape in enumerate([(4, 5), (4,)] * 3, 1)]
+MASK = torch.tensor([[1, 0, 1, 1, 0], [0, 1, 1, 0, 0], [1, 1, 1, 0, 1]]).bool()
 PHM = [random(3, 4), random(2, 2, 2, seed=1), random(2, 2, 2, seed=2), random(4, seed=3)]
 CASES = {
     "poly_relu": (kernels.poly_relu, [random(4, 8), random(3, seed=1), random(1, seed=2)]),
@@ -71,6 +80,8 @@ CASES = {
     "evonorm_s0": (evonorm, [IMAGES, *PARAMETERS]),
     "evonorm_s0 channels_last": (evonorm, [LASTS, *PARAMETERS]),
     "evonorm_s0 wide": (evonorm, [WIDE, *PARAMETERS]),
+    "masked_gemm_reduce": (masked, [random(3, 4), random(4, 5, seed=1)]),
+    "masked_gemm_adjoint": (masked_adjoint, [random(3, 4), random(3, seed=1)]),
     "quadratic_linear": (quadratic, [random(3, 5), *QUADRATIC]),
     "fixed_point": (point("sat"), [random(4, 8), torch.tensor(1.3)]),
     "fixed_point wrap": (point("wrap"), [random(4, 8), torch.tensor(1.3)]),
@@ -103,6 +114,10 @@ DIFFERENT = {
     ("group_rational A", 2): [3e38],
     ("group_rational B", 2): [3e38],
     ("evonorm_s0 wide", 1): [3e38],
+    # The reference adds a row of the mask times delta before it multiplies with x, the kernel multiplies first; and the
+    # gradient by x is a product with r in one, a product of the mask with r in the other.
+    ("masked_gemm_reduce", 0): [3e38, *INFINITIES],
+    ("masked_gemm_adjoint", 1): INFINITIES,
     ("quadratic_linear", 0): [3e38],
     ("quadratic_linear", 2): [3e38],
     ("quadratic_linear", 4): [3e38],

@@ -39,6 +39,7 @@ def point_wrapped(x, int_bits):
 QUANTIZED = [0.5 * torch.tensor([[0.3, -0.7, 1.2], [2.3, -6.4, 0.2]]).double(), torch.tensor([0.5, 0.5]).double()]
 POINTED = [QUANTIZED[0], torch.tensor(2.2).double()]  # 1.25 times this is another format
 POLYNOMIAL = [normal(2, 4), normal(3, seed=1), normal(1, seed=2)]
+MASK = kernels.pack_mask(torch.tensor([[1, 0, 1, 1], [0, 1, 1, 0]]).bool())
 IMAGES = [normal(2, 4, 2, 2), *(normal(4, seed=seed) for seed in (1, 2, 3))]
 SMOOTH = {
     "poly_relu": (kernels.poly_relu, POLYNOMIAL),
@@ -48,6 +49,12 @@ SMOOTH = {
     ),
     "evonorm_s0": (lambda *tensors: kernels.evonorm_s0(*tensors, 2), IMAGES),
     "sine": (lambda w: kernels.sine_binarize(w, 2.5, False), [normal(2, 4)]),
+    "masked_gemm_reduce": (
+        lambda x, delta: kernels.masked_gemm_reduce(x, delta, MASK), [normal(2, 3), normal(3, 4, seed=1)]
+    ),
+    "masked_gemm_adjoint": (
+        lambda x, r: kernels.masked_gemm_adjoint(x, r, MASK, 4), [normal(2, 3), normal(2, seed=1)]
+    ),
     "phm_linear": (kernels.phm_linear, [normal(2, 4), normal(2, 2, 2, seed=1), normal(2, 2, 2, seed=2)]),
 }  # fmt: skip
 STEPPED = {
