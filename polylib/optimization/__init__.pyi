@@ -1,11 +1,11 @@
 """Step sizes, curvature and their cost: the methods of the book's part on optimization."""
 
+from .activation_patterns import all_activation_patterns as all_activation_patterns
+from .activation_patterns import sample_activation_patterns as sample_activation_patterns
 from .convex_relu import ConvexSolution as ConvexSolution
 from .convex_relu import admm_relu as admm_relu
-from .convex_relu import all_activation_patterns as all_activation_patterns
 from .convex_relu import network_objective as network_objective
 from .convex_relu import recover_network as recover_network
-from .convex_relu import sample_activation_patterns as sample_activation_patterns
 from .convex_relu_exact import ExactSolution as ExactSolution
 from .convex_relu_exact import solve_convex_relu as solve_convex_relu
 from .curvature import LanczosResult as LanczosResult

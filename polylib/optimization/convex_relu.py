@@ -10,73 +10,14 @@ of a ridge regression but for a term of the rank of the samples, so that an iter
 the data, and grows linearly with the number of patterns.
 """
 
-import itertools
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from polylib import _checks
-
-
-def sample_activation_patterns(x: Tensor, num: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-    """The patterns (x @ g >= 0) of random normal directions g, each once, and without the one that passes nothing.
-
-    n samples in d dimensions have at most 2 sum_{k<d} binom(n - 1, k) patterns; with many directions all are found.
-
-    Args:
-        x: the samples, `(n, d)`. A column of ones makes a bias.
-        num: of directions to draw, at least 1.
-
-    Returns:
-        Patterns, `(n, P)` of booleans, and a direction for each, `(d, P)`; P is at most `num`, and may be 0.
-
-    Raises:
-        ValueError: samples of another shape or not finite, or `num` below 1.
-    """
-    _samples(x)
-    num = _checks.integer("num", num, least=1)
-    source = None if generator is None else generator.device
-    gates = torch.randn(x.shape[1], num, generator=generator, dtype=x.dtype, device=source).to(x.device)
-    patterns, which = torch.unique(x @ gates >= 0, dim=1, return_inverse=True)
-    first = torch.full((patterns.shape[1],), num, device=x.device).scatter_reduce(
-        0, which, torch.arange(num, device=x.device), "amin"
-    )
-    some = patterns.any(0)
-    return patterns[:, some], gates[:, first[some]]
-
-
-def all_activation_patterns(x: Tensor) -> Tensor:
-    """All patterns of samples in general position (no d of them linearly dependent), but the one that passes nothing.
-
-    The patterns are the cells into which the samples, as planes through the origin, cut the space of directions. Each
-    cell has a corner ray on d - 1 of the planes; next to that ray lie the cells with every choice of side for these.
-
-    Args:
-        x: the samples, `(n, d)`, with d at least 2 and at most n.
-
-    Returns:
-        `(n, P)` of booleans, P = 2 sum_{k<d} binom(n - 1, k), less one if a direction passes nothing.
-
-    Raises:
-        ValueError: samples of another shape or not finite, or more than 100,000 choices of d - 1 samples.
-    """
-    _samples(x)
-    n, d = x.shape
-    _checks.shape("x", x, "(n, d) with d from 2 to n", 2 <= d <= n)
-    if math.comb(n, d - 1) > 100_000:
-        raise ValueError(f"x must have at most 100,000 choices of d - 1 rows, got {math.comb(n, d - 1):,}")
-    chosen = torch.combinations(torch.arange(n, device=x.device), d - 1)
-    rays = torch.linalg.svd(x[chosen].double()).Vh[:, -1]  # the direction that is orthogonal to the chosen samples
-    found = []
-    for sides in itertools.product((True, False), repeat=d - 1):
-        for signed in (rays, -rays):
-            patterns = x.double() @ signed.mT >= 0
-            side = torch.tensor(sides, device=x.device)[:, None].expand(-1, len(chosen))
-            found.append(patterns.scatter(0, chosen.mT, side))
-    patterns = torch.unique(torch.cat(found, 1), dim=1)
-    return patterns[:, patterns.any(0)]
+from polylib.kernels.masked_gemm_reduce import masked_gemm_adjoint, masked_gemm_reduce, pack_mask
+from polylib.optimization.activation_patterns import check_samples
 
 
 class ConvexSolution(NamedTuple):
@@ -121,7 +62,7 @@ def admm_relu(
     Raises:
         ValueError: shapes that don't fit, values that are not finite, a number out of its range.
     """
-    _samples(x)
+    check_samples(x)
     _checks.shape("y", y, f"({len(x)},), one for each sample", y.shape == (len(x),))
     _checks.shape("patterns", patterns, f"({len(x)}, P)", patterns.dim() == 2 and len(patterns) == len(x))
     if patterns.dtype != torch.bool or not y.isfinite().all():
@@ -137,11 +78,15 @@ def admm_relu(
     kernel = 2 * (x @ torch.cholesky_solve(x.mT, small)) * (mask @ mask.mT)
     large = torch.linalg.cholesky(rho * torch.eye(n).to(x) + kernel)
 
+    words = pack_mask(patterns) if x.is_cuda else None  # on a GPU the n x P products are never written
+
     def output(u: Tensor) -> Tensor:
-        return (mask * (x @ (u[0] - u[1]))).sum(1)
+        delta = u[0] - u[1]
+        return (x * (mask @ delta.mT)).sum(1) if words is None else masked_gemm_reduce(x, delta, words)
 
     def adjoint(residual: Tensor) -> Tensor:
-        part = x.mT @ (mask * residual[:, None])
+        gated = mask * residual[:, None] if words is None else None
+        part = masked_gemm_adjoint(x, residual, words, count) if gated is None else x.mT @ gated
         return torch.stack([part, -part])
 
     def solve(b: Tensor) -> Tensor:
@@ -203,12 +148,6 @@ def network_objective(net: nn.Module, x: Tensor, y: Tensor, beta: float) -> Tens
     """1/2 |net(x) - y|^2 + beta / 2 times the sum of all squared parameters: what weight decay trains, a scalar."""
     decay = sum(parameter.square().sum() for parameter in net.parameters())
     return (net(x)[:, 0] - y).square().sum() / 2 + beta / 2 * decay
-
-
-def _samples(x: Tensor) -> None:
-    _checks.shape("x", x, "(n, d) with at least one sample", x.dim() == 2 and x.numel() > 0)
-    if not x.isfinite().all():
-        raise ValueError("x must be finite, got values that are not")
 
 
 def _divide(b: Tensor, factor: Tensor) -> Tensor:
