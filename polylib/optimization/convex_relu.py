@@ -85,8 +85,10 @@ def admm_relu(
         return (x * (mask @ delta.mT)).sum(1) if words is None else masked_gemm_reduce(x, delta, words)
 
     def adjoint(residual: Tensor) -> Tensor:
-        gated = mask * residual[:, None] if words is None else None
-        part = masked_gemm_adjoint(x, residual, words, count) if gated is None else x.mT @ gated
+        if words is not None:
+            part = masked_gemm_adjoint(x, residual, words, count)
+            return torch.stack([part, -part])
+        part = x.mT @ (mask * residual[:, None])
         return torch.stack([part, -part])
 
     def solve(b: Tensor) -> Tensor:
