@@ -46,7 +46,7 @@ def admm_relu(
     tol: float = 1e-5,
     every: int = 10,
 ) -> ConvexSolution:
-    """Minimise 1/2 |f - y|^2 + beta sum_i (|v_i| + |w_i|), with f = sum_i D_i x (v_i - w_i), over the cones of the
+    """Minimise (f - y)^2 / 2 + beta sum_i (norm v_i + norm w_i), f = sum_i D_i x (v_i - w_i), over the cones of the
     patterns, (2 D_i - I) x v_i >= 0 and the same for w_i, by the alternating direction method of multipliers.
 
     Two matrices are factored once, of n x n and d x d; an iteration costs O(n d P + n^2).
@@ -147,7 +147,7 @@ def recover_network(v: Tensor, w: Tensor, *, least: float = 1e-7) -> nn.Sequenti
 
 
 def network_objective(net: nn.Module, x: Tensor, y: Tensor, beta: float) -> Tensor:
-    """1/2 |net(x) - y|^2 + beta / 2 times the sum of all squared parameters: what weight decay trains, a scalar."""
+    """Half the squared length of net(x) - y, and beta / 2 times the sum of all squared parameters, a scalar."""
     decay = sum(parameter.square().sum() for parameter in net.parameters())
     return (net(x)[:, 0] - y).square().sum() / 2 + beta / 2 * decay
 

@@ -35,7 +35,7 @@ def solve_convex_relu(
             taken as the constant of a bias, which no one moves.
         patterns: `(n, P)` of booleans, P at least 1.
         beta: of the weight decay, at least 0.
-        loss: "squared", 1/2 |f - y|^2, or "hinge", the sum of max(0, 1 - y f).
+        loss: "squared", the sum of (f - y)^2 / 2, or "hinge", the sum of max(0, 1 - y f).
         radius: at least 0; above 0 with the hinge loss only.
 
     Raises:

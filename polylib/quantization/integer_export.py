@@ -64,7 +64,7 @@ class IntegerNetwork(NamedTuple):
 
 
 def export_integers(model: nn.Sequential) -> IntegerNetwork:
-    """The integers of a `FixedPoint` followed by `FixedPointResidualBlock`s, with the running statistics folded in.
+    """The integers of a `FixedPoint` followed by residual blocks, with the running statistics folded in.
 
     In evaluation mode the model returns exactly `network.output.lsb * network(model[0].raw(x))`.
 
