@@ -92,7 +92,7 @@ def opposing_data(
 ) -> OpposingData:
     """Data with a rare strong feature that tells something by its absolute value only.
 
-    x = (x_s, x_o) and y = beta . x_s + strength |1 . x_o| / sqrt(outliers), with standard normal signals x_s and a
+    x = (x_s, x_o) and y = beta . x_s + strength abs(1 . x_o) / sqrt(outliers), with standard normal signals x_s and a
     random beta of length `norm`. In a share `fraction` of the examples, half of them with each sign, all entries of
     x_o are +-sqrt(power / (fraction outliers)); in the others they are zero. So the mean of its squared length is
     `power`, however rare it is, and the best linear weight on it is zero.
