@@ -38,6 +38,8 @@ def hessian_top_eigenvalue(
     Raises:
         ValueError: `v0` that is no direction, `num_steps` below 1, or a Hessian that is not finite.
     """
+    # Copies, since the tangent of a view is as large as what it is a view of: all of training, for one of its steps.
+    params = {name: value.detach().clone() for name, value in params.items()}
     size = sum(value.numel() for value in params.values())
     if v0 is None:
         like = next(iter(params.values()))
