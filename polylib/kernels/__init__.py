@@ -36,6 +36,7 @@ from polylib.kernels.masked_gemm_reduce import (
     masked_gemm_reduce_reference,
     pack_mask,
 )
+from polylib.kernels.mkor_refresh import factor_arena, factors_of, mkor_refresh_, mkor_refresh_reference
 from polylib.kernels.phm_linear import kronecker_weight, phm_linear, phm_linear_reference
 from polylib.kernels.poly_norm import poly_norm, poly_norm_reference
 from polylib.kernels.poly_relu import poly_relu, poly_relu_reference
@@ -48,6 +49,12 @@ from polylib.kernels.sweep_step import (
     sweep_sgd_step,
     sweep_sgd_step_reference,
 )
+from polylib.kernels.topk_residual import (
+    topk_decompress_,
+    topk_decompress_reference,
+    topk_residual_,
+    topk_residual_reference,
+)
 
 __all__ = [
     "binary_linear",
@@ -56,6 +63,8 @@ __all__ = [
     "evonorm_s0",
     "evonorm_s0_reference",
     "excerpt",
+    "factor_arena",
+    "factors_of",
     "fake_quantize",
     "fake_quantize_reference",
     "fixed_point",
@@ -68,6 +77,8 @@ __all__ = [
     "masked_gemm_adjoint_reference",
     "masked_gemm_reduce",
     "masked_gemm_reduce_reference",
+    "mkor_refresh_",
+    "mkor_refresh_reference",
     "pack_mask",
     "pack_signs",
     "pack_signs_reference",
@@ -89,5 +100,9 @@ __all__ = [
     "sweep_adam_step_reference",
     "sweep_sgd_step",
     "sweep_sgd_step_reference",
+    "topk_decompress_",
+    "topk_decompress_reference",
+    "topk_residual_",
+    "topk_residual_reference",
     "unpack_signs",
 ]

@@ -386,6 +386,84 @@ def test_masked_gemm_reduce_triton(device, drawn):
 
 
 @st.composite
+def refreshes(draw):
+    sizes_ = draw(st.lists(st.integers(1, 90), min_size=1, max_size=3))
+    gamma, zeta, threshold = draw(st.floats(0.3, 0.98)), draw(st.floats(0.0, 1.0)), draw(st.sampled_from([0.9, 1.1]))
+    return sizes_, draw(tensors(2, sum(sizes_), dtype=draw(dtypes))).contiguous(), gamma, zeta, threshold
+
+
+def check_refresh(drawn, backend):
+    """Two refreshes, by inverses of what is averaged, in numpy."""
+    sizes_, vectors, gamma, zeta, threshold = drawn
+    arena, factors = kernels.factor_arena(sizes_)
+    largest = torch.ones(len(sizes_))
+    for v in vectors:
+        before = [J.double().numpy().copy() for J in factors]
+        options = {"gamma": gamma, "zeta": zeta, "threshold": threshold}
+        stabilised = (largest > threshold).tolist()
+        kernels.mkor_refresh_(arena, v, largest, sizes_, **options, backend=backend)
+        for J, old, part, blend in zip(factors, before, v.double().split(sizes_), stabilised, strict=True):
+            old = zeta * old + (1 - zeta) * np.eye(len(old)) if blend else old
+            A = gamma * np.linalg.inv(old) + (1 - gamma) * np.outer(part, part)
+            expected = torch.from_numpy(np.linalg.inv(A))
+            size = expected.abs().max().item()
+            torch.testing.assert_close(J.double(), expected, rtol=0, atol=2**-16 * size)
+        assert all(m == J.abs().max() for m, J in zip(largest, factors, strict=True))
+
+
+@REFERENCE
+@given(refreshes())
+def test_mkor_refresh_reference(drawn):
+    check_refresh(drawn, "reference")
+
+
+@TRITON
+@given(refreshes())
+def test_mkor_refresh_triton(device, drawn):
+    check_refresh(drawn, "triton")
+
+
+@st.composite
+def messages(draw):
+    dtype, block = draw(dtypes), draw(st.sampled_from([64, 128, 256]))
+    n, k = draw(st.integers(1, 400)), draw(st.integers(1, 64))
+    gradient = draw(tensors(n, dtype=dtype))
+    # Rounded, so that many magnitudes are equal.
+    return (gradient.round() if draw(st.booleans()) else gradient), draw(tensors(n, dtype=dtype)).contiguous(), k, block
+
+
+def check_message(drawn, backend):
+    """What is sent is at least as large as what is not, comes in order, and is what the state gained."""
+    gradient, before, k, block = drawn
+    state = before.clone()
+    values, indices = kernels.topk_residual_(gradient, state, k, block, backend=backend)
+    difference = (gradient.float() - before.float()).numpy()
+    for b, start in enumerate(range(0, len(difference), block)):
+        part = difference[start : start + block]
+        sent = indices[b][indices[b] >= 0].numpy() - start
+        order = np.lexsort((np.arange(len(part)), -np.abs(part)))
+        assert sent.tolist() == sorted(order[:k].tolist())
+        assert torch.equal(values[b, : len(sent)], torch.from_numpy(part[sent]).to(values.dtype))
+        assert values[b, len(sent) :].count_nonzero() == 0
+    total = before.clone()
+    one = torch.ones(1)
+    kernels.topk_decompress_(total, values[None], indices[None], one, block, backend=backend)
+    assert torch.equal(total, state)
+
+
+@REFERENCE
+@given(messages())
+def test_topk_residual_reference(drawn):
+    check_message(drawn, "reference")
+
+
+@TRITON
+@given(messages())
+def test_topk_residual_triton(device, drawn):
+    check_message(drawn, "triton")
+
+
+@st.composite
 def stats_rows(draw):
     return draw(tensors(draw(sizes), draw(sizes), dtype=torch.float32)), draw(st.integers(1, 6))
 

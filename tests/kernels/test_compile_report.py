@@ -53,6 +53,11 @@ def is_narrow(op, record):
         small |= {"x", "y"} if record["kernel"] == "few_rows_kernel" else {"words"}
     if op == "masked_gemm_reduce":  # a number for each row, and a word for 32 entries of it
         small |= {"r", "words"}
+    if op == "mkor_refresh":  # numbers of a tile and of its rows, and of these one sum for each tile beside it
+        small |= {"table", "vectors", "y", "dots", "before_max", "largest"}
+    if op == "topk_residual":  # what is sent is read again and written, entry by entry, wherever it lies in a block
+        wide = [record["loads"].get(name, {"128": 1}) for name in ("gradient", "state")]
+        return not all("128" in bits for bits in wide)
     for way in ("loads", "stores"):
         for name in record[way].keys() - small:
             bits = {int(width): number for width, number in record[way][name].items()}
