@@ -11,7 +11,6 @@ On sm_90 every tile that may be chosen is compiled, elsewhere the default. gfx94
 from __future__ import annotations
 
 import argparse
-import ast
 import hashlib
 import json
 import os
@@ -24,22 +23,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 import benchmarks.ops
+from polylib.lab.closure import code_only
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "compile"
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 EVERY_TILE = "sm_90"
 OPS = sorted(module.name for module in pkgutil.iter_modules(benchmarks.ops.__path__))
-
-
-def code_only(source: str) -> str:
-    """Return a module's lines without blank lines, lines of comment and docstrings."""
-    lines = source.splitlines()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
-            text = node.body[0]
-            lines[text.lineno - 1 : text.end_lineno] = [""] * (text.end_lineno - text.lineno + 1)
-    return "\n".join(line for line in lines if line.strip() and not line.lstrip().startswith("#"))
 
 
 def digest(op: str) -> str:

@@ -26,9 +26,12 @@ def record_path(source: Path) -> Path:
 
 
 def code_digest(notebook: NotebookNode) -> str:
-    """Digest of the cells and of what they reach in polylib: what must be as it was for a record to be current."""
+    """Digest of the cells and of what they reach in polylib: what must be as it was for a record to be current.
+
+    Comments and docstrings of polylib are left out: no number depends on them.
+    """
     cells = "\0".join(cell.source for cell in code_cells(notebook))
-    return closure.digest(closure.of_source(code_of(notebook)), cells)
+    return closure.digest(closure.of_source(code_of(notebook)), cells, comments=False)
 
 
 def processor() -> str:

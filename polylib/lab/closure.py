@@ -4,8 +4,8 @@ Kept outputs and stored results depend on this closure and not on the whole pack
 results of the others valid. Files are read and not imported, so that the answer doesn't depend on what happens to be
 loaded. Where an import can't be followed for certain, as in `importlib.import_module(name)`, the whole package counts.
 
-An `__init__` of polylib only lists names: it counts by its own text, and of the modules that it lists only those count
-whose names are used.
+An `__init__` of polylib only lists names. Of the modules that it lists those count whose names are used, so that a list
+of imports counts for nothing itself: another name in it leaves what does not use it valid. Other code in it counts.
 """
 
 import ast
@@ -162,11 +162,38 @@ def of_source(source: str) -> frozenset[str]:
     return of_modules(_imports(tree, "__main__"))
 
 
-def digest(modules: Iterable[str], text: str = "") -> str:
-    """SHA-256 of a text and of the names and files of modules, comments and docstrings included."""
+def code_only(source: str) -> str:
+    """A module's lines without blank lines, lines of comment and docstrings."""
+    lines = source.splitlines()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            text = node.body[0]
+            lines[text.lineno - 1 : text.end_lineno] = [""] * (text.end_lineno - text.lineno + 1)  # type: ignore[operator]
+    return "\n".join(line for line in lines if line.strip() and not line.lstrip().startswith("#"))
+
+
+def _only_lists(node: ast.stmt) -> bool:
+    """Whether a statement of an `__init__` is its docstring, an import from its package, or `__all__`."""
+    if isinstance(node, ast.ImportFrom):
+        return (node.module or "").startswith(f"{PACKAGE}.") and node.module != f"{PACKAGE}._lazy"
+    if isinstance(node, ast.Assign):
+        return ast.unparse(node.targets[0]) == "__all__" and isinstance(node.value, ast.List)
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+
+
+@functools.lru_cache(maxsize=1024)
+def _content(file: Path, modified: int, comments: bool) -> bytes:
+    content = file.read_bytes()
+    if file.name == "__init__.py" and all(map(_only_lists, ast.parse(content).body)):
+        return b""
+    return content if comments else code_only(content.decode()).encode()
+
+
+def digest(modules: Iterable[str], text: str = "", *, comments: bool = True) -> str:
+    """SHA-256 of a text and of the names and files of modules, or of their code without comments and docstrings."""
     total = hashlib.sha256(text.encode())
     for module in sorted(set(modules)):
         file = _file(module)
         total.update(f"\0{module}\0".encode())
-        total.update(file.read_bytes() if file else b"missing")
+        total.update(_content(file, file.stat().st_mtime_ns, comments) if file else b"missing")
     return total.hexdigest()

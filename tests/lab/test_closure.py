@@ -86,6 +86,35 @@ def test_the_digest_follows_the_files_of_the_closure_and_no_others(copy):
         before = now()
 
 
+def test_another_name_in_a_list_changes_nothing_for_what_does_not_use_it(copy):
+    def now() -> list[str]:
+        return [closure.digest(closure.of_source(f"from polylib.{source}")) for source in sources]
+
+    sources = "neurons import PolyNorm", "kernels import poly_norm"
+    before, file = now(), copy / "kernels/__init__.py"
+    text = file.read_text(encoding="utf-8")
+    file.write_text(f"from polylib.kernels._cost import Cost as Other\n{text}", encoding="utf-8")
+    assert now() == before
+    other = text.replace("from polylib.kernels.poly_norm import", "from polylib.kernels.poly_relu import")
+    assert other != text
+    file.write_text(other, encoding="utf-8")  # the name is now that of another module
+    assert now()[1] != before[1]
+    file.write_text(f"{text}\nimport os\n", encoding="utf-8")
+    assert all(a != b for a, b in zip(now(), before, strict=True))
+
+
+def test_without_comments_only_the_code_counts(copy):
+    def now() -> str:
+        return closure.digest(closure.of_source("from polylib.neurons import PolyNorm"), comments=False)
+
+    before, file = now(), copy / "neurons/polycom.py"
+    text = file.read_text(encoding="utf-8")
+    file.write_text(text.replace('"""', '"""Changed. ', 1) + "\n\n# changed\n", encoding="utf-8")
+    assert now() == before
+    file.write_text(f"{text}\nother = 1\n", encoding="utf-8")
+    assert now() != before
+
+
 def test_a_new_import_is_seen_at_once(copy):
     source = "from polylib.neurons import PolyNorm"
     assert "polylib.optimization.curvature" not in closure.of_source(source)
