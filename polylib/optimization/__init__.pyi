@@ -2,6 +2,10 @@
 
 from .activation_patterns import all_activation_patterns as all_activation_patterns
 from .activation_patterns import sample_activation_patterns as sample_activation_patterns
+from .compressors import BlockTopK as BlockTopK
+from .compressors import NaturalRounding as NaturalRounding
+from .compressors import TopK as TopK
+from .compressors import decode_ as decode_
 from .convex_relu import ConvexSolution as ConvexSolution
 from .convex_relu import admm_relu as admm_relu
 from .convex_relu import network_objective as network_objective
@@ -16,6 +20,11 @@ from .curvature import hessian_matvec as hessian_matvec
 from .curvature import hessian_vector_product as hessian_vector_product
 from .curvature import lanczos as lanczos
 from .curvature import spectral_density as spectral_density
+from .ef21_ddp import EF21State as EF21State
+from .ef21_ddp import ef21_hook as ef21_hook
+from .error_feedback import EF21Simulator as EF21Simulator
+from .error_feedback import ef21_stepsize as ef21_stepsize
+from .error_feedback import ef21_xi as ef21_xi
 from .learning_rate_batch_size import SpectralSGD as SpectralSGD
 from .learning_rate_batch_size import batch_top_eigenvalue as batch_top_eigenvalue
 from .learning_rate_batch_size import hessian_noise as hessian_noise
