@@ -116,7 +116,7 @@ class EF21Simulator:
         _checks.shape("gradients(x)", own, want, fits)
         n = own.shape[-2]
         if weights is None:
-            self._scale, self._share = None, torch.tensor(1 / n, dtype=x.dtype, device=x.device)
+            self._scale = self._share = None
         else:
             _checks.shape("weights", weights, f"(..., {n}), one for each client", weights.shape[-1:] == (n,))
             if not (weights > 0).all() or not ((weights.sum(-1) - 1).abs() < 1e-5).all():
@@ -152,4 +152,4 @@ class EF21Simulator:
         return own if self._scale is None else own * self._scale
 
     def _mean(self, each: Tensor) -> Tensor:
-        return (each * self._share).sum(-2)
+        return each.mean(-2) if self._share is None else (each * self._share).sum(-2)

@@ -83,8 +83,16 @@ def test_what_is_sent_is_what_is_kept(compressor):
 
 def test_a_short_last_block_is_padded():
     values, indices = BlockTopK(3, 4).encode(torch.tensor([1.0, -2.0, 3.0, 4.0, 0.0, 5.0]))
-    assert values.tolist() == [[4.0, 3.0, -2.0], [5.0, 0.0, 0.0]]
-    assert indices.tolist() == [[3, 2, 1], [5, 4, -1]]
+    assert values.tolist() == [[-2.0, 3.0, 4.0], [0.0, 5.0, 0.0]]
+    assert indices.tolist() == [[1, 2, 3], [4, 5, -1]]
+
+
+def test_what_is_not_finite_is_sent():
+    x = torch.tensor([1.0, torch.nan, -3.0, torch.inf, 5.0])
+    for k in (2, 3, 4):
+        values, indices = TopK(k / 5).encode(x)
+        assert {1, 3} <= set(indices.tolist())
+        assert values.isnan().sum() == 1
 
 
 @pytest.mark.parametrize("compressor", ALL)
