@@ -133,7 +133,7 @@ def decode_(total: Tensor, values: Tensor, indices: Tensor) -> Tensor:
             stands for nothing.
     """
     indices = indices.long()
-    # Nothing is a zero added at the index 0: no index but that occurs twice in a row, so the order does not matter.
+    # Nothing is a zero, added at index 0. No other index occurs twice in a row, so the order of the sums is no matter.
     return total.scatter_add_(-1, indices.clamp(min=0), torch.where(indices < 0, 0, values))
 
 

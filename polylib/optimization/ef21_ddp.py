@@ -91,10 +91,11 @@ class EF21State:
             if kept[name] != getattr(self, name):
                 raise ValueError(f"{name} must be {getattr(self, name)!r} as in this process, got {kept[name]!r}")
         known = {name: parameter for parameter, name in self.names.items()}
-        for estimates in (kept[name] for name in _ESTIMATES):
-            for name, value in estimates.items():
-                if name not in known or value.numel() != known[name].numel():
-                    raise ValueError(f"estimates must be those of the model's parameters, got {name!r} in addition")
+        sizes = {name: parameter.numel() for name, parameter in known.items()}
+        for name in _ESTIMATES:
+            found = {key: value.numel() for key, value in kept[name].items()}
+            if found not in ({}, sizes):  # there are none before the first step
+                raise ValueError(f"{name} must hold the model's parameters with sizes {sizes}, got {found}")
         for name in _ESTIMATES:
             setattr(self, name, {key: value.to(known[key]).clone() for key, value in kept[name].items()})
         self.step, self.bytes_sent, self.bytes_dense = (kept[name] for name in _COUNTED[:3])

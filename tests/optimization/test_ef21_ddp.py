@@ -189,8 +189,11 @@ def test_bad_state(alone):
     kept = state.state_dict()
     with pytest.raises(ValueError, match="ranks must be 1"):
         state.load_state_dict(kept | {"ranks": 2})
-    with pytest.raises(ValueError, match="estimates must be"):
-        state.load_state_dict(kept | {"own": {"other.weight": torch.zeros(3)}})
+    state.load_state_dict(kept)
+    whole = {name: torch.zeros(parameter.numel()) for name, parameter in net.named_parameters()}
+    for wrong in ({"other.weight": torch.zeros(3)}, whole | {"0.bias": torch.zeros(3)}, {"0.bias": whole["0.bias"]}):
+        with pytest.raises(ValueError, match="own must hold"):
+            state.load_state_dict(kept | {"own": wrong})
 
 
 if __name__ == "__main__":
