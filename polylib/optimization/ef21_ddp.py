@@ -5,7 +5,8 @@
 
 Each rank sends the values and the indices of a fixed number of entries in place of its gradient. All ranks add what
 all have sent in the same order, so that all hold the same estimate of the mean gradient. The estimates belong to the
-training: they go into a checkpoint, of every rank its own.
+training: they go into a checkpoint, of every rank its own. With `BlockTopK` the choice and the sum are one kernel each
+on a GPU.
 """
 
 from typing import Any
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from polylib import _checks
+from polylib.kernels.topk_residual import topk_decompress_, topk_residual_
 from polylib.optimization.compressors import BlockTopK, NaturalRounding, TopK, decode_
 
 
@@ -72,6 +74,7 @@ class EF21State:
             self.weights = [1 / self.ranks] * self.ranks
         if not abs(sum(self.weights) - 1) < 1e-6:
             raise ValueError(f"weight must be given by all ranks, with the sum 1, or by none, got {self.weights}")
+        self.shares = torch.tensor(self.weights, dtype=torch.float64, device=device)
         self.scale = 1 / (self.ranks * self.weights[self.rank])
 
     def state_dict(self) -> dict[str, Any]:
@@ -148,15 +151,33 @@ def _exchange_all(state: EF21State, names: list[str], gradients: list[Tensor]) -
 
 def _exchange_chosen(state: EF21State, names: list[str], gradients: list[Tensor]) -> None:
     """The chosen entries of all parameters in two exchanges, one of values and one of indices."""
-    sent = []
-    for name, gradient in zip(names, gradients, strict=True):
-        values, indices = state.compressor.encode(gradient * state.scale - state.own[name])
-        sent.append((values.flatten(), indices.flatten()))
-        decode_(state.own[name], *sent[-1])
+    sent = [_choose(state, name, gradient * state.scale) for name, gradient in zip(names, gradients, strict=True)]
     values, indices = (torch.cat(part) for part in zip(*sent, strict=True))
     state.bytes_sent += values.nbytes + indices.nbytes
     sizes = [len(part) for part, _ in sent]
     all_values, all_indices = state._gather(values).split(sizes, 1), state._gather(indices).split(sizes, 1)
     for name, from_ranks, at in zip(names, all_values, all_indices, strict=True):
-        for weight, values, indices in zip(state.weights, from_ranks, at, strict=True):
-            decode_(state.server[name], weight * values, indices)
+        _add_up(state, name, from_ranks, at)
+
+
+def _choose(state: EF21State, name: str, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """What is sent of a parameter's gradient, values and indices `(k,)`; it is added to this rank's estimate."""
+    compressor, own = state.compressor, state.own[name]
+    if isinstance(compressor, BlockTopK):
+        values, indices = topk_residual_(gradient, own, compressor.k, compressor.block)
+        return values.flatten(), indices.flatten()
+    values, indices = compressor.encode(gradient - own)
+    decode_(own, values, indices)
+    return values, indices
+
+
+def _add_up(state: EF21State, name: str, values: Tensor, indices: Tensor) -> None:
+    """Add what all ranks have sent, `(ranks, k)`, to the server's estimate, in the order of the ranks."""
+    compressor, server = state.compressor, state.server[name]
+    if isinstance(compressor, BlockTopK):
+        message = (state.ranks, -1, compressor.k)
+        values, indices = values.reshape(message), indices.reshape(message)
+        topk_decompress_(server, values, indices, state.shares, compressor.block)
+        return
+    for weight, value, index in zip(state.weights, values, indices, strict=True):
+        decode_(server, weight * value, index)
