@@ -14,7 +14,8 @@ from torch import nn
 from polylib.optimization import BlockTopK, EF21State, NaturalRounding, TopK, ef21_hook
 
 dist = torch.distributed
-pytestmark = pytest.mark.skipif(not dist.is_available() or not hasattr(os, "fork"), reason="needs processes and gloo")
+GLOO = dist.is_available() and dist.is_gloo_available() and hasattr(os, "fork")
+pytestmark = pytest.mark.skipif(not GLOO, reason="needs gloo and processes that fork")
 STEPS, SAVED, KILLED = 30, 12, 15
 # Compressor, weights of the ranks, steps with whole gradients, megabytes of a bucket.
 SETTINGS = {
