@@ -9,8 +9,6 @@ training: they go into a checkpoint, of every rank its own. With `BlockTopK` the
 on a GPU.
 """
 
-from __future__ import annotations  # a torch without distributed training has no names for these types
-
 from typing import Any
 
 import torch

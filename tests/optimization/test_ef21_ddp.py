@@ -14,7 +14,7 @@ from torch import nn
 from polylib.optimization import BlockTopK, EF21State, NaturalRounding, TopK, ef21_hook
 
 dist = torch.distributed
-GLOO = dist.is_available() and dist.is_gloo_available() and hasattr(os, "fork")
+GLOO = dist.is_gloo_available() and hasattr(os, "fork")
 pytestmark = pytest.mark.skipif(not GLOO, reason="needs gloo and processes that fork")
 STEPS, SAVED, KILLED = 30, 12, 15
 # Compressor, weights of the ranks, steps with whole gradients, megabytes of a bucket.
