@@ -109,7 +109,7 @@ def ends(tmp_path_factory):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     if sys.platform == "linux":
         environment["GLOO_SOCKET_IFNAME"] = "lo"
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
     codes = done.stdout.splitlines()
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"{-signal.SIGKILL}" in codes[0], done.stderr[-3000:]
