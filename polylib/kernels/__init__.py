@@ -55,6 +55,7 @@ from polylib.kernels.topk_residual import (
     topk_residual_,
     topk_residual_reference,
 )
+from polylib.kernels.vandermonde import vandermonde, vandermonde_factored, vandermonde_reference
 
 __all__ = [
     "binary_linear",
@@ -105,4 +106,7 @@ __all__ = [
     "topk_residual_",
     "topk_residual_reference",
     "unpack_signs",
+    "vandermonde",
+    "vandermonde_factored",
+    "vandermonde_reference",
 ]

@@ -55,6 +55,8 @@ def is_narrow(op, record):
         small |= {"r", "words"}
     if op == "mkor_refresh":  # numbers of a tile and of its rows, and of these one sum for each tile beside it
         small |= {"table", "vectors", "y", "dots", "before_max", "largest"}
+    if op == "vandermonde":  # pairs of numbers, of each wave one
+        small |= {"v", "x", "by_v", "by_x"}
     if op == "topk_residual":  # what is sent is read again and written, entry by entry, wherever it lies in a block
         wide = [record["loads"].get(name, {"128": 1}) for name in ("gradient", "state")]
         return not all("128" in bits for bits in wide)
