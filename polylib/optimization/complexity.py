@@ -45,7 +45,8 @@ def conv_complexity(model: nn.Module, input_shape: Sequence[int]) -> Complexity:
 
     Raises:
         ValueError: a layer with parameters whose cost is not known here, or that the forward does not call, so that
-            it is not counted; a shape that is not one of positive integers.
+            it is not counted; a forward that moves other axes into the batch, whose parts would count as one; a shape
+            that is not one of positive integers.
     """
     shape = tuple(_checks.integer("input_shape", size, least=1) for size in input_shape)
     for name, module in model.named_modules():
@@ -60,6 +61,8 @@ def conv_complexity(model: nn.Module, input_shape: Sequence[int]) -> Complexity:
     pooled: list[int] = []
 
     def weigh(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        name = f"the output of {type(module).__name__}"
+        _checks.shape(name, output, "(1, ...) for a batch of one", output.dim() > 1 and len(output) == 1)
         costs[module].append(_cost(module, output[0]))
 
     def pool(module: nn.Module, inputs: Any, output: Tensor) -> None:

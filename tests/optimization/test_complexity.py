@@ -98,6 +98,8 @@ def test_what_would_not_be_counted_raises():
         conv_complexity(nn.PReLU(), (3, 4, 4))
     with pytest.raises(ValueError, match="model must call every layer in its forward, got 'conv'"):
         conv_complexity(Bypassing(), (3, 4, 4))
+    with pytest.raises(ValueError, match=r"the output of Linear must have shape \(1, ...\) for a batch"):
+        conv_complexity(nn.Sequential(nn.Flatten(0, 1), nn.Linear(3, 2)), (4, 3))
     with pytest.raises(ValueError, match="the input of batch norm must have shape"):
         conv_complexity(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(5)), (3, 4, 4))
     with pytest.raises(ValueError, match="input_shape must be an integer of at least 1, got 0"):
