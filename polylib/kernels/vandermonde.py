@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from polylib import _checks
-from polylib.kernels._common import choose_backend, no_double_backward, on_device, tl, triton
+from polylib.kernels._common import choose_backend, no_double_backward, on_device, registers, tl, triton
 from polylib.kernels._cost import Cost
 
 # --- the definition ---------------------------------------------------------------------------------------------------
@@ -184,7 +184,7 @@ def _forward(v: Tensor, x: Tensor, L: int) -> Tensor:
     with on_device(v):
         _forward_kernel[(H, triton.cdiv(L, rows * T))](
             torch.view_as_real(v.contiguous()), torch.view_as_real(x.contiguous()), out, N, L,
-            PRECISION=_precision(), WAVES=_WAVES, ROWS=rows, T=T, num_warps=max(rows * T // 512, 1),
+            PRECISION=_precision(), WAVES=_WAVES, ROWS=rows, T=T, num_warps=max(rows * T // 512, 1), **registers(255),
         )  # fmt: skip
     return out
 
@@ -210,6 +210,7 @@ def _backward(grad: Tensor, v: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         _backward_kernel[(H, blocks, splits)](
             grad.contiguous(), torch.view_as_real(v.contiguous()), torch.view_as_real(x.contiguous()), by_v, by_x,
             N, L, part, PRECISION=_precision(), WAVES=_WAVES, ROWS=rows, T=T, num_warps=max(rows * T // 256, 1),
+            **registers(255),
         )  # fmt: skip
     return torch.view_as_complex(by_v.sum(0)), torch.view_as_complex(by_x.sum(0))
 

@@ -2,10 +2,14 @@
 
 from .activation_patterns import all_activation_patterns as all_activation_patterns
 from .activation_patterns import sample_activation_patterns as sample_activation_patterns
+from .complexity import Complexity as Complexity
+from .complexity import conv_complexity as conv_complexity
 from .compressors import BlockTopK as BlockTopK
 from .compressors import NaturalRounding as NaturalRounding
 from .compressors import TopK as TopK
 from .compressors import decode_ as decode_
+from .conv_blocks import Residual as Residual
+from .conv_blocks import SqueezeExcite as SqueezeExcite
 from .convex_relu import ConvexSolution as ConvexSolution
 from .convex_relu import admm_relu as admm_relu
 from .convex_relu import network_objective as network_objective
@@ -22,6 +26,8 @@ from .curvature import lanczos as lanczos
 from .curvature import spectral_density as spectral_density
 from .ef21_ddp import EF21State as EF21State
 from .ef21_ddp import ef21_hook as ef21_hook
+from .efficientnets import EFFICIENTNET_B0 as EFFICIENTNET_B0
+from .efficientnets import efficientnet as efficientnet
 from .error_feedback import EF21Simulator as EF21Simulator
 from .error_feedback import ef21_stepsize as ef21_stepsize
 from .error_feedback import ef21_xi as ef21_xi
@@ -30,6 +36,12 @@ from .learning_rate_batch_size import batch_top_eigenvalue as batch_top_eigenval
 from .learning_rate_batch_size import hessian_noise as hessian_noise
 from .learning_rate_batch_size import lr_momentum_from_spectrum as lr_momentum_from_spectrum
 from .learning_rate_batch_size import max_learning_rate as max_learning_rate
+from .model_scaling import Factors as Factors
+from .model_scaling import Stages as Stages
+from .model_scaling import compound_strategy as compound_strategy
+from .model_scaling import scale_stages as scale_stages
+from .model_scaling import scaled_width as scaled_width
+from .model_scaling import scaling_factors as scaling_factors
 from .opposing_signals import Moments as Moments
 from .opposing_signals import OpposingData as OpposingData
 from .opposing_signals import descend_product as descend_product
@@ -38,6 +50,11 @@ from .opposing_signals import loss_change_groups as loss_change_groups
 from .opposing_signals import moments as moments
 from .opposing_signals import opposing_data as opposing_data
 from .opposing_signals import product_hessian as product_hessian
+from .regnets import regnet as regnet
+from .regnets import regnet_stages as regnet_stages
+from .regnets import regnet_y as regnet_y
+from .scaled_conv_net import ScaledConvNet as ScaledConvNet
+from .scaled_conv_net import scaled_network as scaled_network
 from .scaling import extrapolate as extrapolate
 from .scaling import optimal_learning_rate as optimal_learning_rate
 from .sharpness import hessian_top_eigenvalue as hessian_top_eigenvalue

@@ -15,7 +15,7 @@ NVIDIA = [target for target in compile_report.TARGETS if target.startswith("sm_"
 # Tensors of a few hundred entries, whose loads are no traffic; values of which a launch reads one a row or a group.
 SMALL = {"weight", "bias", "v", "numerator", "denominator", "A", "sums", "partial", "b_r", "b_g", "b_b", "grad_b"}
 # In the names of cases whose rows are no multiple of 16 bytes.
-ODD = ("x1001", "x1041", "x17->1041", "x4099", "17003", "17x17")
+ODD = ("x1001", "x1041", "->1041", "x4099", "17003", "17x17")
 A_ROW = {"rate", "decay", "means", "rstds", "mean_out", "rstd_out", "int_bits"}
 
 

@@ -108,11 +108,17 @@ EXAMPLES: dict[str, tuple[Callable[[], nn.Module], Callable[[int], torch.Tensor]
     "QuadraticLinear": (lambda: neurons.QuadraticLinear(8, 6), lambda n: torch.randn(n, 8)),
     "QuantizedAttention": (lambda: quantization.QuantizedAttention(8, 2, 4), lambda n: torch.randn(n, 5, 8)),
     "ReluRNN": (lambda: regimes.ReluRNN(3, 8, 2), lambda n: torch.randn(n, 5, 3)),
+    "Residual": (lambda: optimization.Residual(nn.Linear(8, 8), None, nn.ReLU), lambda n: torch.randn(n, 8)),
+    "ScaledConvNet": (
+        lambda: optimization.ScaledConvNet(optimization.Stages((1, 2), (8, 16), 8), classes=3),
+        lambda n: torch.randn(n, 3, 8, 8),
+    ),
     "SelectableKANLinear": (lambda: neurons.SelectableKANLinear(6, 3), lambda n: uniform(n, 6)),
     "SignalTransformer": (
         lambda: transformer.SignalTransformer(20, 3, feed_forward, width=8, heads=2),
         lambda n: torch.randn(n, 20),
     ),
+    "SqueezeExcite": (lambda: optimization.SqueezeExcite(6, 2), lambda n: torch.randn(n, 6, 4, 5)),
     "StatsQuantizer": (lambda: quantization.StatsQuantizer(4), lambda n: torch.randn(n, 6)),
     "ThreeLayerResidualNet": (lambda: neurons.ThreeLayerResidualNet(4, 5, 9), lambda n: torch.randn(n, 4)),
     "UniformQuantizer": (lambda: quantization.UniformQuantizer(4), lambda n: torch.randn(n, 6)),
@@ -126,6 +132,7 @@ NOT_HERE = {
         for name in ("BinaryQuantizer", "FixedPointQuantizer", "StatsQuantizer", "UniformQuantizer")
     },
     ("LinearizedModel", "export"): "torch.export fixes the sizes of what torch.func.jvp differentiates",
+    ("ScaledConvNet", "empty"): "torch's batch norm counts an empty batch as a batch",
     ("PrunedKANLinear", "meta"): "which parameters it has depends on the values of the layer that was pruned",
 }
 
