@@ -2,8 +2,8 @@
 
 M. Mozaffari, S. Li, Z. Zhang and M. Mehri Dehnavi, "MKOR: Momentum-Enabled Kronecker-Factor-Based Optimizer Using
 Rank-1 Updates", NeurIPS 2023 (arXiv 2306.01685). A covariance A that is averaged over time, A <- g A + (1 - g) v v^T,
-has an inverse J that follows in quadratic time by the formula of Sherman and Morrison. The formula that the paper
-prints is another one, and the code that its authors publish has a third; all three are here.
+has an inverse J that follows in quadratic time by the formula of Sherman and Morrison. The formula that its
+authors print, in the figure of their repository, is another one, and their package has a third; all three are here.
 """
 
 from collections.abc import Callable
@@ -55,7 +55,7 @@ def package_refresh_(inverse: Tensor, v: Tensor, gamma: float) -> Tensor:
 
 @torch.no_grad()
 def printed_refresh_(inverse: Tensor, v: Tensor, gamma: float) -> Tensor:
-    """The refresh as the paper prints it, in place: J <- g J + (1 - g) / (g^2 (1 + g (1 - g) v^T J v)) (J v) (J v)^T.
+    """The refresh as the authors print it, in place: J <- g J + (1 - g) / (g^2 (1 + g (1 - g) v^T J v)) (J v) (J v)^T.
 
     It is positive definite, but not the inverse of an average: what is added should be subtracted, and g should be
     1 / g. It amplifies the direction of v, which an inverse has to damp. For comparison only. Arguments as in

@@ -2,8 +2,8 @@
 
 M. Mozaffari, S. Li, Z. Zhang and M. Mehri Dehnavi, "MKOR: Momentum-Enabled Kronecker-Factor-Based Optimizer Using
 Rank-1 Updates", NeurIPS 2023 (arXiv 2306.01685). The covariances of a layer's inputs a and of the gradients g by its
-outputs are taken as those of one vector a batch, their means. `inverse_factors` has the formulas, and says how that of
-the paper differs from the exact one, which is the default here.
+outputs are taken as those of one vector a batch, their means. `inverse_factors` has the formulas, and says how that
+which the authors print differs from the exact one, the default here.
 """
 
 from collections.abc import Iterable, Mapping
@@ -38,7 +38,7 @@ class MKOR:
         gamma: the weight of the past in the covariances, above 0 and below 1.
         update_freq: steps from one refresh to the next.
         variant: of the refresh. `"exact"`: the inverse of the average. `"package"`: as the authors' package has it.
-            `"printed"`: as the paper prints it, which amplifies where it should damp; to compare.
+            `"printed"`: as they print it, which amplifies where it should damp; to compare.
         stabilizer: before a refresh, a factor with a larger entry than this is blended with the identity; None: never.
         zeta: the weight of the factor in that.
         rescale: give each layer's direction the length of its gradient.
