@@ -6,6 +6,7 @@ positions stands for a sample.
 
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -35,16 +36,16 @@ class LayerState:
 
     def gradient(self) -> Tensor:
         """The gradient of weight and bias as one matrix, `(o, i)`."""
-        grad = self.module.weight.grad.flatten(1)
-        return grad if self.bias is None else torch.cat([grad, self.bias.grad[:, None]], 1)
+        grad = _gradient(self.module.weight).flatten(1)
+        return grad if self.bias is None else torch.cat([grad, _gradient(self.bias)[:, None]], 1)
 
     def set_gradient(self, value: Tensor) -> None:
         """Write a matrix `(o, i)` into the gradients."""
         weight = self.module.weight
         if self.bias is not None:
-            self.bias.grad.copy_(value[:, -1])
+            _gradient(self.bias).copy_(value[:, -1])
             value = value[:, :-1]
-        weight.grad.copy_(value.reshape(weight.shape))
+        _gradient(weight).copy_(value.reshape(weight.shape))
 
     def collect(self, inputs: Tensor, grad: Tensor) -> None:
         """Keep what a call has seen: `mean_input`, and the gradient of the mean loss by the outputs."""
@@ -56,11 +57,11 @@ class LayerState:
         return torch.stack(grads).mean(0), torch.stack(inputs).mean(0)
 
 
-def supported(module: nn.Module) -> bool:
+def supported(module: nn.Module) -> TypeGuard[Layer]:
     """Whether a module has a weight that is trained, and whose gradient is one matrix of outputs by inputs."""
-    linear = isinstance(module, nn.Linear)
-    convolution = isinstance(module, nn.Conv2d) and module.groups == 1
-    return (linear or convolution) and module.weight.requires_grad
+    if isinstance(module, nn.Conv2d):
+        return module.groups == 1 and module.weight.requires_grad
+    return isinstance(module, nn.Linear) and module.weight.requires_grad
 
 
 def layer_states(model: nn.Module, exclude: set[str], dtype: torch.dtype) -> dict[str, LayerState]:
@@ -76,10 +77,10 @@ def layer_states(model: nn.Module, exclude: set[str], dtype: torch.dtype) -> dic
     found = {name: module for name, module in found.items() if name not in exclude}
     if not found:
         raise ValueError("model must have a Linear or Conv2d layer that is trained and not excluded, got none")
-    names: dict[int, str] = {}
+    owners: dict[int, str] = {}
     layers = {}
     for name, module in found.items():
-        other = names.setdefault(id(module.weight), name)
+        other = owners.setdefault(id(module.weight), name)
         if other != name:
             raise ValueError(f"model must not share a weight between layers, got {other} and {name}; exclude one")
         outputs, inputs = module.weight.flatten(1).shape
@@ -87,6 +88,12 @@ def layer_states(model: nn.Module, exclude: set[str], dtype: torch.dtype) -> dic
         eye = partial(torch.eye, dtype=dtype, device=module.weight.device)
         layers[name] = LayerState(module, eye(outputs), eye(inputs))
     return layers
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    if parameter.grad is None:
+        raise RuntimeError("a layer must have gradients of its weight and of its bias, got one of them alone")
+    return parameter.grad
 
 
 def mean_input(module: Layer, x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from polylib import _checks
 from polylib.optimization.inverse_factors import REFRESHES, kronecker_precondition, rescaled, stabilise_
-from polylib.optimization.layer_statistics import LayerState, layer_states, mean_input
+from polylib.optimization.layer_statistics import Layer, LayerState, layer_states, mean_input
 
 SYMMETRISE = 100  # refreshes after which rounding is taken out of the symmetry
 
@@ -96,7 +96,7 @@ class MKOR:
         return self.active and (self.steps < self.warmup or self.steps % self.update_freq == 0)
 
     def _watch(
-        self, layer: LayerState, module: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor], out: Tensor
+        self, layer: LayerState, module: Layer, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor], out: Tensor
     ) -> None:
         if self.due and module.training and out.requires_grad and torch.is_grad_enabled():
             inputs = mean_input(module, (args[0] if args else kwargs["input"]).detach())
