@@ -72,8 +72,10 @@ def cases(device: torch.device, quick: bool) -> Iterator[tuple]:
 
 def launches(small: bool = False) -> Iterator[Launch]:
     """Yield a refresh of factors of several sizes, some no multiple of a tile. Entries are those of the factors."""
-    shapes = {"48 of 1024": [1024] * 48, "769 and 3073": [769, 3073]}
-    for label, sizes in ({"2 of 256": [256] * 2, "130 and 257": [130, 257]} if small else shapes).items():
+    shapes = {"refresh 48 of 1024": [1024] * 48, "refresh 769 and 3073": [769, 3073]}
+    if small:
+        shapes = {"refresh 2 of 256": [256] * 2, "refresh 130 and 257": [130, 257]}
+    for label, sizes in shapes.items():
         for dtype in BOTH:
             arena = factor_arena(sizes, dtype=dtype)[0]
             v, largest = torch.ones(sum(sizes), dtype=dtype), torch.ones(len(sizes))
