@@ -1,0 +1,1 @@
+"""Sequence models at less than quadratic cost: the methods of the book's part on sequences."""
