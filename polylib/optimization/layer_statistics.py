@@ -5,12 +5,13 @@ positions stands for a sample.
 """
 
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from polylib.optimization.factor_arena import FactorArena
 
 Layer = nn.Linear | nn.Conv2d
 
@@ -64,8 +65,12 @@ def supported(module: nn.Module) -> TypeGuard[Layer]:
     return isinstance(module, nn.Linear) and module.weight.requires_grad
 
 
-def layer_states(model: nn.Module, exclude: set[str], dtype: torch.dtype) -> dict[str, LayerState]:
+def layer_states(
+    model: nn.Module, exclude: set[str], dtype: torch.dtype
+) -> tuple[dict[str, LayerState], FactorArena | None]:
     """A state for each layer that is supported and not excluded, by name, with the identity in both factors.
+
+    The factors lie together, in the arena that is handed out too, unless the layers are on several devices.
 
     Raises:
         ValueError: there is none, `exclude` names something else, or two of them share a weight.
@@ -78,16 +83,18 @@ def layer_states(model: nn.Module, exclude: set[str], dtype: torch.dtype) -> dic
     if not found:
         raise ValueError("model must have a Linear or Conv2d layer that is trained and not excluded, got none")
     owners: dict[int, str] = {}
-    layers = {}
+    sizes: list[int] = []
     for name, module in found.items():
         other = owners.setdefault(id(module.weight), name)
         if other != name:
             raise ValueError(f"model must not share a weight between layers, got {other} and {name}; exclude one")
         outputs, inputs = module.weight.flatten(1).shape
-        inputs += module.bias is not None and module.bias.requires_grad
-        eye = partial(torch.eye, dtype=dtype, device=module.weight.device)
-        layers[name] = LayerState(module, eye(outputs), eye(inputs))
-    return layers
+        sizes += [outputs, inputs + (module.bias is not None and module.bias.requires_grad)]
+    devices = [module.weight.device for module in found.values() for _ in range(2)]
+    arena = FactorArena(sizes, dtype, devices[0]) if len(set(devices)) == 1 else None
+    eyes = [torch.eye(d, dtype=dtype, device=device) for d, device in zip(sizes, devices, strict=True)]
+    factors = iter(arena.factors if arena else eyes)
+    return {name: LayerState(module, next(factors), next(factors)) for name, module in found.items()}, arena
 
 
 def _gradient(parameter: Tensor) -> Tensor:

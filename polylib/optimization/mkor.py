@@ -84,7 +84,7 @@ class MKOR:
         _checks.floating("factor_dtype", factor_dtype)
         self.optimizer, self.rescale, self.process_group = optimizer, rescale, process_group
         self.active, self.steps, self.refreshes = True, 0, 0
-        self.layers = layer_states(model, set(exclude), factor_dtype or torch.float32)
+        self.layers, self._arena = layer_states(model, set(exclude), factor_dtype or torch.float32)
         self._hooks = [
             layer.module.register_forward_hook(partial(self._watch, layer), with_kwargs=True)
             for layer in self.layers.values()
@@ -149,10 +149,14 @@ class MKOR:
         if not all(torch.stack([v.isfinite().all() for v in vectors]).tolist()):
             raise ValueError("statistics must be finite, got infinite or missing numbers in inputs or gradients")
         factors = [factor for layer in used.values() for factor in (layer.left, layer.right)]
-        for factor, v in zip(factors, vectors, strict=True):
-            if self.stabilizer is not None:
-                stabilise_(factor, self.stabilizer, self.zeta)
-            REFRESHES[self.variant](factor, v, self.gamma)
+        arena = self._arena if self.variant == "exact" else None
+        if arena is not None and arena.on_gpu and arena.holds(factors):
+            arena.refresh_(vectors, self.gamma, self.stabilizer, self.zeta)
+        else:
+            for factor, v in zip(factors, vectors, strict=True):
+                if self.stabilizer is not None:
+                    stabilise_(factor, self.stabilizer, self.zeta)
+                REFRESHES[self.variant](factor, v, self.gamma)
         self.refreshes += 1
         if self.refreshes % SYMMETRISE == 0:
             for factor in factors:
