@@ -55,6 +55,7 @@ from polylib.kernels.topk_residual import (
     topk_residual_,
     topk_residual_reference,
 )
+from polylib.kernels.topk_simplex import topk_simplex, topk_simplex_reference
 from polylib.kernels.vandermonde import vandermonde, vandermonde_factored, vandermonde_reference
 
 __all__ = [
@@ -105,6 +106,8 @@ __all__ = [
     "topk_decompress_reference",
     "topk_residual_",
     "topk_residual_reference",
+    "topk_simplex",
+    "topk_simplex_reference",
     "unpack_signs",
     "vandermonde",
     "vandermonde_factored",
