@@ -6,11 +6,12 @@ evaluation of the semi-dual is one such projection for every column of the plan.
 Shapes: scores s (R, m), mass b (R,), plan t (R, m). With T the k largest entries of a row, of equal ones the first,
 
 $$t = \arg\max_{t\ge0,\ \sum_i t_i=b,\ \|t\|_0\le k}\ s^\top t-\tfrac12\|t\|^2,\qquad
-  t_i=\begin{cases}[s_i-\theta]_+ & i\in T\\ 0 & \text{else,}\end{cases}\qquad \sum_{i\in T}[s_i-\theta]_+=b.$$
+  t_i=\begin{cases}[s_i-\theta]_+ & i\in T\\ 0 & \text{else,}\end{cases}\qquad
+  \sum_{i\in T}[s_i-\theta]_+=b.$$
 
 An entry of minus infinity is never chosen. A row with a NaN, with plus infinity or with nothing else than minus infinity
 is NaN, as is one whose mass is no finite number; a mass of zero or less gives zeros. Kernels: scores and plan in float32, bfloat16 or float16, rows of up to
-16,384 entries, arithmetic in float32. Reference: any floating dtype and length, half precisions computed in float32.
+8,192 entries, arithmetic in float32. Reference: any floating dtype and length, half precisions computed in float32.
 
 Eager PyTorch sorts a row or selects from it, gathers, sums up, compares, and scatters, in eight passes and more. Here
 a program has its rows in registers and sorts nothing. The k-th largest entry is found bit by bit, as that of an
@@ -46,7 +47,7 @@ from polylib.kernels._common import (
 )
 from polylib.kernels._cost import Cost
 
-_LONGEST = 16384
+_LONGEST = 8192
 
 # --- the definition ---------------------------------------------------------------------------------------------------
 
@@ -74,10 +75,11 @@ def topk_simplex_reference(scores: Tensor, mass: Tensor, k: int) -> Tensor:
 
 @triton.jit
 def _tile(R, m, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """The rows of this program, the places of their entries, and which of them exist."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, BLOCK)
-    return row, row[:, None] * m + column[None, :], (row < R)[:, None] & (column < m)[None, :]
+    """The first row of this program, the places of its entries from there on, and which rows and entries exist."""
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    row, column = tl.arange(0, ROWS), tl.arange(0, BLOCK)  # in 32 bits: addresses take fewer registers
+    exists = first + row < R
+    return first, row[:, None] * m + column[None, :], exists, exists[:, None] & (column < m)[None, :]
 
 
 @triton.jit
@@ -101,15 +103,22 @@ def _largest(s, k):
         above = key > kth[:, None]
         wanting = k - tl.sum(above.to(tl.int32), axis=1)
         equal = key == kth[:, None]
-        chosen = above | (equal & (tl.cumsum(equal.to(tl.int32), axis=1) <= wanting[:, None]))
+        column = tl.arange(0, s.shape[1])[None, :]
+        end, place = tl.zeros_like(kth), s.shape[1]
+        while place > 0:
+            trial = end + place
+            before = tl.sum((equal & (column < trial[:, None])).to(tl.int32), axis=1)
+            end = tl.where(before <= wanting, trial, end)
+            place = place // 2
+        chosen = above | (equal & (column < end[:, None]))
     return chosen
 
 
 @triton.jit(do_not_specialize=["R", "k"])
 def _project_kernel(scores, mass, plan, R, m, k, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    row, at, ok = _tile(R, m, ROWS, BLOCK)
-    s = tl.where(ok, load(scores + at, ok), float("-inf"))
-    b = tl.load(mass + row, mask=row < R, other=0.0)
+    first, at, exists, ok = _tile(R, m, ROWS, BLOCK)
+    s = tl.where(ok, load(scores + first * m + at, ok), float("-inf"))
+    b = tl.load(mass + first + tl.arange(0, ROWS), mask=exists, other=0.0)
     missing = tl.max(((s != s) | (s == float("inf"))).to(tl.int32), axis=1) > 0
     top = tl.max(s, axis=1)
     missing = missing | (top == float("-inf")) | ~(b < float("inf"))
@@ -128,18 +137,18 @@ def _project_kernel(scores, mass, plan, R, m, k, ROWS: tl.constexpr, BLOCK: tl.c
         count = inside
     t = tl.maximum(s - theta[:, None], 0.0)
     # excerpt: end
-    store(plan + at, tl.where(missing[:, None], float("nan"), t), ok)
+    store(plan + first * m + at, tl.where(missing[:, None], float("nan"), t), ok)
 
 
 @triton.jit(do_not_specialize=["R"])
 def _backward_kernel(grad, plan, by_scores, by_mass, R, m, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    row, at, ok = _tile(R, m, ROWS, BLOCK)
-    inside = load(plan + at, ok) != 0
-    g = tl.where(inside, load(grad + at, ok), 0.0)
+    first, at, exists, ok = _tile(R, m, ROWS, BLOCK)
+    inside = load(plan + first * m + at, ok) != 0
+    g = tl.where(inside, load(grad + first * m + at, ok), 0.0)
     count = tl.sum(inside.to(tl.int32), axis=1)
     mean = tl.sum(g, axis=1) / tl.maximum(count, 1).to(tl.float32)
-    store(by_scores + at, tl.where(inside, g - mean[:, None], 0.0), ok)
-    tl.store(by_mass + row, mean, mask=row < R)
+    store(by_scores + first * m + at, tl.where(inside, g - mean[:, None], 0.0), ok)
+    tl.store(by_mass + first + tl.arange(0, ROWS), mean, mask=exists)
 
 
 # --- registration -----------------------------------------------------------------------------------------------------
@@ -207,7 +216,7 @@ def topk_simplex(scores: Tensor, k: int, mass: float | Tensor = 1.0, *, backend:
         k: entries that may differ from zero, 1 or more; more than m are m.
         mass: a number above 0, or (...,), as the rows of scores, of which the values are not looked at.
         backend: "auto" runs the Triton kernels for CUDA tensors of float32, bfloat16 or float16 and rows of up to
-            16,384 entries, and the reference elsewhere and under `torch.func`; "triton" and "reference" insist. The
+            8,192 entries, and the reference elsewhere and under `torch.func`; "triton" and "reference" insist. The
             kernels can be differentiated once.
 
     Returns:
