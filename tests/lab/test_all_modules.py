@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import polylib
-from polylib import neurons, optimization, quantization, regimes
+from polylib import neurons, optimization, quantization, regimes, sparsity
 from polylib.lab import Stack, transformer
 
 
@@ -119,6 +119,7 @@ EXAMPLES: dict[str, tuple[Callable[[], nn.Module], Callable[[int], torch.Tensor]
         lambda n: torch.randn(n, 20),
     ),
     "SqueezeExcite": (lambda: optimization.SqueezeExcite(6, 2), lambda n: torch.randn(n, 6, 4, 5)),
+    "SparseOTRouter": (lambda: sparsity.SparseOTRouter(3, iters=4), lambda n: torch.randn(n, 6, 3)),
     "StatsQuantizer": (lambda: quantization.StatsQuantizer(4), lambda n: torch.randn(n, 6)),
     "ThreeLayerResidualNet": (lambda: neurons.ThreeLayerResidualNet(4, 5, 9), lambda n: torch.randn(n, 4)),
     "UniformQuantizer": (lambda: quantization.UniformQuantizer(4), lambda n: torch.randn(n, 6)),
