@@ -48,6 +48,13 @@ def test_each_of_a_batch_for_itself():
             torch.testing.assert_close(together[i, j], router(x[i, j]))
 
 
+def test_an_empty_batch():
+    x = scores(0, 12, 3).requires_grad_()
+    weights = SparseOTRouter(4, iters=2)(x)
+    weights.sum().backward()
+    assert weights.shape == x.grad.shape == (0, 12, 3)
+
+
 def test_gradient_is_that_of_the_last_projection():
     x = scores(12, 3).requires_grad_()
     torch.autograd.gradcheck(SparseOTRouter(5, 0.4, 0), (x,))
