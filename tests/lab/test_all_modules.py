@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import polylib
-from polylib import neurons, optimization, quantization, regimes
+from polylib import neurons, optimization, quantization, regimes, sparsity
 from polylib.lab import Stack, transformer
 
 
@@ -119,6 +119,7 @@ EXAMPLES: dict[str, tuple[Callable[[], nn.Module], Callable[[int], torch.Tensor]
         lambda n: torch.randn(n, 20),
     ),
     "SqueezeExcite": (lambda: optimization.SqueezeExcite(6, 2), lambda n: torch.randn(n, 6, 4, 5)),
+    "SparseOTRouter": (lambda: sparsity.SparseOTRouter(3, iters=4), lambda n: torch.randn(n, 6, 3)),
     "StatsQuantizer": (lambda: quantization.StatsQuantizer(4), lambda n: torch.randn(n, 6)),
     "ThreeLayerResidualNet": (lambda: neurons.ThreeLayerResidualNet(4, 5, 9), lambda n: torch.randn(n, 4)),
     "UniformQuantizer": (lambda: quantization.UniformQuantizer(4), lambda n: torch.randn(n, 6)),
@@ -133,6 +134,7 @@ NOT_HERE = {
     },
     ("LinearizedModel", "export"): "torch.export fixes the sizes of what torch.func.jvp differentiates",
     ("ScaledConvNet", "empty"): "torch's batch norm counts an empty batch as a batch",
+    ("SparseOTRouter", "empty"): "it has no parameters to go backward to; tests/sparsity/test_routing.py has it",
     ("PrunedKANLinear", "meta"): "which parameters it has depends on the values of the layer that was pruned",
 }
 
