@@ -9,9 +9,10 @@ $$t = \arg\max_{t\ge0,\ \sum_i t_i=b,\ \|t\|_0\le k}\ s^\top t-\tfrac12\|t\|^2,\
   t_i=\begin{cases}[s_i-\theta]_+ & i\in T\\ 0 & \text{else,}\end{cases}\qquad
   \sum_{i\in T}[s_i-\theta]_+=b.$$
 
-An entry of minus infinity is never chosen. A row with a NaN, with plus infinity or with nothing else than minus infinity
-is NaN, as is one whose mass is no finite number; a mass of zero or less gives zeros. Kernels: scores and plan in float32, bfloat16 or float16, rows of up to
-8,192 entries, arithmetic in float32. Reference: any floating dtype and length, half precisions computed in float32.
+An entry of minus infinity is never chosen. A row with a NaN, with plus infinity or with nothing else than minus
+infinity is NaN, as is one whose mass is no finite number; a mass of zero or less gives zeros. Kernels: scores and plan
+in float32, bfloat16 or float16, rows of up to 8,192 entries, arithmetic in float32. Reference: any floating dtype and
+length, half precisions computed in float32.
 
 Eager PyTorch sorts a row or selects from it, gathers, sums up, compares, and scatters, in eight passes and more. Here
 a program has its rows in registers and sorts nothing. The k-th largest entry is found bit by bit, as that of an

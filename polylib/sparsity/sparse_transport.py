@@ -115,10 +115,12 @@ def sparse_ot(
     wrong = [(plan.sum(1) - rows).abs(), (plan.sum(0) - columns).abs()]
     converged = max(x.max().item() for x in wrong) <= tol
     ties = _ties(alpha[:, None] + beta - costs, k, tie * (costs.max() - costs.min()).item())
-    narrow = [x.to(C.dtype) for x in (plan, alpha, beta)]
+    plan, alpha, beta = (x.to(C.dtype) for x in (plan, alpha, beta))
     return SparseOTResult(
-        *narrow,
-        value=_Envelope.apply(a, b, C, value.to(C.dtype), *narrow),
+        plan=plan,
+        alpha=alpha,
+        beta=beta,
+        value=_Envelope.apply(a, b, C, value.to(C.dtype), plan, alpha, beta),
         row_error=wrong[0].sum().item(),
         column_error=wrong[1].sum().item(),
         iterations=int(found.nit),

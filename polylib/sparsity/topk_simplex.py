@@ -9,7 +9,7 @@ those on the simplex.
 import torch
 from torch import Tensor
 
-from polylib import _checks
+from polylib import _checks, kernels
 
 
 def topk_simplex_projection(s: Tensor, k: int, mass: float | Tensor = 1.0, dim: int = 0) -> Tensor:
@@ -27,7 +27,8 @@ def topk_simplex_projection(s: Tensor, k: int, mass: float | Tensor = 1.0, dim: 
         dim: along which the vectors lie: 0 for the columns of a matrix.
 
     Returns:
-        The projections, of the shape and dtype of `s`. Differentiable in `s` and `mass`, any number of times.
+        The projections, of the shape and dtype of `s`. Differentiable in `s` and `mass`: any number of times on
+        a CPU, once by the kernel that does it on a GPU.
 
     Raises:
         TypeError: an `s` that is not floating.
@@ -36,7 +37,8 @@ def topk_simplex_projection(s: Tensor, k: int, mass: float | Tensor = 1.0, dim: 
     """
     k = _checks.integer("k", k, least=1)
     _checks.floating("dtype of s", s.dtype)
-    _checks.shape("s", s, f"with at least one entry along dimension {dim}", -s.dim() <= dim < s.dim() and s.shape[dim])
+    fits = -s.dim() <= dim < s.dim() and s.shape[dim] > 0
+    _checks.shape("s", s, f"with at least one entry along dimension {dim}", fits)
     if isinstance(mass, Tensor) and mass.dim() > 0:
         want = s.shape[: dim % s.dim()] + s.shape[dim % s.dim() + 1 :]
         _checks.shape("mass", mass, f"{tuple(want)}, that of s without dimension {dim}", mass.shape == want)
@@ -52,6 +54,8 @@ def topk_simplex_projection(s: Tensor, k: int, mass: float | Tensor = 1.0, dim: 
 
 def project_columns(s: Tensor, k: int, mass: Tensor, dim: int) -> Tensor:
     """`topk_simplex_projection` without its checks, for loops that call it often. `mass` has one entry a vector."""
+    if s.is_cuda:  # one kernel, without a sort
+        return kernels.topk_simplex(s.movedim(dim, -1), k, mass).movedim(-1, dim)
     wide = s.float() if s.dtype in (torch.float16, torch.bfloat16) else s
     mass = mass.to(wide.dtype).unsqueeze(dim)
     wide = wide - wide.detach().amax(dim, keepdim=True)  # changes nothing, and the sums lose no digits

@@ -57,6 +57,8 @@ def is_narrow(op, record):
         small |= {"table", "vectors", "y", "dots", "before_max", "largest"}
     if op == "vandermonde":  # pairs of numbers, of each wave one
         small |= {"v", "x", "by_v", "by_x"}
+    if op == "topk_simplex":  # a number for each row
+        small |= {"mass", "by_mass"}
     if op == "topk_residual":  # what is sent is read again and written, entry by entry, wherever it lies in a block
         wide = [record["loads"].get(name, {"128": 1}) for name in ("gradient", "state")]
         return not all("128" in bits for bits in wide)

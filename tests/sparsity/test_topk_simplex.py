@@ -9,6 +9,7 @@ import ot
 import pytest
 import torch
 
+from polylib.kernels import topk_simplex
 from polylib.sparsity import topk_simplex_projection
 
 
@@ -140,3 +141,13 @@ def test_bad_input():
         topk_simplex_projection(s, 1, dim=2)
     with pytest.raises(TypeError, match="floating"):
         topk_simplex_projection(torch.tensor([1, 2]), 1)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_the_kernel_that_serves_on_a_gpu_is_the_same(backend):
+    s = draw(9, 5, seed=3, dtype=torch.float32)
+    s[[1, 4, 7], 2] = 3.0  # equal ones at the border
+    mass = torch.linspace(0.2, 2, 5)
+    for k in (1, 2, 20):
+        found = topk_simplex(s.mT, k, mass, backend=backend).mT
+        torch.testing.assert_close(found, topk_simplex_projection(s, k, mass), rtol=1e-5, atol=1e-6)
