@@ -46,7 +46,7 @@ def delta_quantize(a: Tensor, q: Tensor) -> Tensor:
     Returns:
         As a in shape and dtype.
     """
-    return _Quantize.apply(a, q)  # type: ignore[no-untyped-call]
+    return _Quantize.apply(a, q)
 
 
 def quantized_deltas(x: Tensor, q: Tensor, relu: bool = True) -> tuple[Tensor, Tensor, Tensor]:
@@ -65,7 +65,7 @@ def quantized_deltas(x: Tensor, q: Tensor, relu: bool = True) -> tuple[Tensor, T
         ValueError: fewer than two frames.
     """
     _checks.shape("x", x, "(batch, frames, ...) with at least two frames", x.dim() >= 2 and x.shape[1] >= 2)
-    values, total, count, _ = _QuantizedDeltas.apply(x.relu() if relu else x, q)  # type: ignore[no-untyped-call]
+    values, total, count, _ = _QuantizedDeltas.apply(x.relu() if relu else x, q)
     return values, total, count
 
 

@@ -1,6 +1,6 @@
 """A network that is shown frames, and computes only what the changes between them ask for."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -63,7 +63,8 @@ def delta_inference(model: nn.Sequential, clip: Tensor) -> DeltaInference:
     _check(model)
     _checks.shape("clip", clip, "(batch, frames, ...) with at least one frame", clip.dim() > 2 and clip.shape[1] > 0)
     state: dict[int, Tensor] = {}
-    outputs, macs, dense = [], [], []
+    outputs, macs = [], []
+    dense: list[Tensor] = []
     for frame in clip.unbind(1):
         counts, dense, value = [], [], frame
         for place, layer in enumerate(model):
@@ -74,11 +75,12 @@ def delta_inference(model: nn.Sequential, clip: Tensor) -> DeltaInference:
             elif isinstance(layer, nn.Flatten):
                 value = layer(value)
             else:
-                ones = torch.ones_like(layer.weight, dtype=torch.float64)
+                weight: Tensor = layer.weight  # type: ignore[assignment]
+                ones = torch.ones_like(weight, dtype=torch.float64)
                 counts.append(_map(layer, (value != 0).double(), ones).sum().long())
                 dense.append(_map(layer, torch.ones_like(value, dtype=torch.float64), ones).sum().long())
                 if place in state:
-                    state[place] = state[place] + _map(layer, value, layer.weight)
+                    state[place] = state[place] + _map(layer, value, weight)
                 else:
                     state[place] = layer(value)
                 value = state[place]
@@ -87,12 +89,12 @@ def delta_inference(model: nn.Sequential, clip: Tensor) -> DeltaInference:
     return DeltaInference(torch.stack(outputs, 1), torch.stack(macs, 1), torch.stack(dense))
 
 
-def _map(layer: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
+def _map(layer: Any, x: Tensor, weight: Tensor) -> Tensor:
     """The linear map of a layer with other weights and without its bias."""
     if isinstance(layer, nn.Linear):
         return F.linear(x, weight)
-    convolve = CONVOLUTIONS[type(layer)]  # type: ignore[index]
-    return convolve(x, weight, None, layer.stride, layer.padding, layer.dilation, layer.groups)  # type: ignore[arg-type]
+    convolve = CONVOLUTIONS[type(layer)]
+    return convolve(x, weight, None, layer.stride, layer.padding, layer.dilation, layer.groups)
 
 
 def _check(model: nn.Sequential) -> None:
