@@ -1,9 +1,5 @@
 """Computing only what matters: the methods of the book's part on sparsity."""
 
-from .routing import SparseOTRouter as SparseOTRouter
-from .sparse_transport import SparseOTResult as SparseOTResult
-from .sparse_transport import sparse_ot as sparse_ot
-from .topk_simplex import topk_simplex_projection as topk_simplex_projection
 from .delta_activation import Activity as Activity
 from .delta_activation import DeltaActivation as DeltaActivation
 from .delta_activation import SparseActivation as SparseActivation
@@ -15,3 +11,7 @@ from .delta_activation import recorded as recorded
 from .delta_network import DeltaInference as DeltaInference
 from .delta_network import FrameNetwork as FrameNetwork
 from .delta_network import delta_inference as delta_inference
+from .routing import SparseOTRouter as SparseOTRouter
+from .sparse_transport import SparseOTResult as SparseOTResult
+from .sparse_transport import sparse_ot as sparse_ot
+from .topk_simplex import topk_simplex_projection as topk_simplex_projection
