@@ -1,5 +1,16 @@
 """Computing only what matters: the methods of the book's part on sparsity."""
 
+from .delta_activation import Activity as Activity
+from .delta_activation import DeltaActivation as DeltaActivation
+from .delta_activation import SparseActivation as SparseActivation
+from .delta_activation import activity_penalty as activity_penalty
+from .delta_activation import delta_quantize as delta_quantize
+from .delta_activation import mac_density as mac_density
+from .delta_activation import quantized_deltas as quantized_deltas
+from .delta_activation import recorded as recorded
+from .delta_network import DeltaInference as DeltaInference
+from .delta_network import FrameNetwork as FrameNetwork
+from .delta_network import delta_inference as delta_inference
 from .routing import SparseOTRouter as SparseOTRouter
 from .sparse_transport import SparseOTResult as SparseOTResult
 from .sparse_transport import sparse_ot as sparse_ot

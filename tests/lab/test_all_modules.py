@@ -77,10 +77,18 @@ EXAMPLES: dict[str, tuple[Callable[[], nn.Module], Callable[[int], torch.Tensor]
         lambda n: torch.randn(n, 5, 8),
     ),
     "Decoder": (lambda: transformer.Decoder(11, 7, feed_forward, width=8, heads=2), lambda n: tokens(n, 7)),
+    "DeltaActivation": (
+        lambda: sparsity.DeltaActivation(4, 1, threshold=0.02, bias=True),
+        lambda n: torch.randn(n, 3, 4, 5),
+    ),
     "EvoNorm2d": (lambda: neurons.EvoNorm2d(4, groups=2), lambda n: torch.randn(n, 4, 5, 6)),
     "FixedPoint": (lambda: quantization.FixedPoint(4, 2.0), lambda n: torch.randn(n, 6)),
     "FixedPointQuantizer": (lambda: quantization.FixedPointQuantizer(4), lambda n: torch.randn(n, 6)),
     "FixedPointResidualBlock": (lambda: quantization.FixedPointResidualBlock(8, 6, k=2), lambda n: torch.randn(n, 8)),
+    "FrameNetwork": (
+        lambda: sparsity.FrameNetwork(sparsity.DeltaActivation(8, threshold=0.02), nn.Linear(8, 6)),
+        lambda n: torch.randn(n, 3, 8),
+    ),
     "GRKANLinear": (lambda: neurons.GRKANLinear(8, 6, groups=2), lambda n: torch.randn(n, 8)),
     "GraphNormAct": (
         lambda: neurons.GraphNormAct(4, next(iter(neurons.KNOWN_LAYERS.values())), groups=2),
@@ -117,6 +125,10 @@ EXAMPLES: dict[str, tuple[Callable[[], nn.Module], Callable[[int], torch.Tensor]
     "SignalTransformer": (
         lambda: transformer.SignalTransformer(20, 3, feed_forward, width=8, heads=2),
         lambda n: torch.randn(n, 20),
+    ),
+    "SparseActivation": (
+        lambda: nn.Sequential(nn.Linear(4, 6), sparsity.SparseActivation()),
+        lambda n: torch.randn(n, 3, 4),
     ),
     "SqueezeExcite": (lambda: optimization.SqueezeExcite(6, 2), lambda n: torch.randn(n, 6, 4, 5)),
     "SparseOTRouter": (lambda: sparsity.SparseOTRouter(3, iters=4), lambda n: torch.randn(n, 6, 3)),
