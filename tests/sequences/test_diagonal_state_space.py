@@ -37,7 +37,9 @@ def test_kernels_are_impulse_responses_of_scipy(disc, transform):
         system = (np.diag(A[h]), B[h][:, None], C[h][None], np.zeros((1, 1)))
         A_bar, B_bar, *_ = scipy.signal.cont2discrete(system, dt[h], method=disc)
         wanted = [2 * (C[h] @ np.linalg.matrix_power(A_bar, l) @ B_bar[:, 0]).real for l in range(40)]
-        if disc == "bilinear":  # scipy's output of this rule also has a part of the next state; its A and B are the same
+        if (
+            disc == "bilinear"
+        ):  # scipy's output of this rule also has a part of the next state; its A and B are the same
             assert np.allclose(np.diag(A_bar), (1 + dt[h] * A[h] / 2) / (1 - dt[h] * A[h] / 2))
         np.testing.assert_allclose(found[h], wanted, rtol=1e-9, atol=1e-11)
 
@@ -52,7 +54,8 @@ def test_convolution_recurrence_and_a_filter_agree(init):
     A, B, C, dt = numbers(made)
     for h in range(3):
         wanted = sum(
-            2 * scipy.signal.lfilter([c * (np.exp(a * dt[h]) - 1) / a], [1, -np.exp(a * dt[h])], u[:, :, h].numpy()).real
+            2
+            * scipy.signal.lfilter([c * (np.exp(a * dt[h]) - 1) / a], [1, -np.exp(a * dt[h])], u[:, :, h].numpy()).real
             for a, c in zip(A[h], C[h], strict=True)
         )
         np.testing.assert_allclose(y[:, :, h].detach(), wanted, rtol=1e-9, atol=1e-11)
