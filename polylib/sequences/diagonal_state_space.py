@@ -124,7 +124,7 @@ class S4DKernel(nn.Module):
         z, B = dt * self.A(), dt * _paired(self.B)
         if self.disc == "zoh":
             return z, _expm1_over(z) * B
-        # (1 + z/2) / (1 - z/2) has the square size 1 + 2 Re z / |1 - z/2|^2: its logarithm has all digits for a small z.
+        # (1 + z/2) / (1 - z/2) has the squared size 1 + 2 Re z / abs(1 - z/2)^2: so a small z loses no digits.
         squared = (1 - z.real / 2).square() + z.imag.square() / 4
         shrink = (2 * z.real / squared).clamp(min=torch.finfo(z.real.dtype).eps - 1)  # at z = -2 all is forgotten
         cosine = 1 - (z.real.square() + z.imag.square()) / 4

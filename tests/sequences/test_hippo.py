@@ -74,7 +74,7 @@ def test_random_frequencies_are_drawn():
 def test_bad_input():
     with pytest.raises(ValueError, match="N must be an integer of at least 1, got 0"):
         hippo_legs(0)
-    with pytest.raises(ValueError, match="kind must be one of 'legs'.*got 'fourier'"):
+    with pytest.raises(ValueError, match=r"kind must be one of 'legs'.*got 'fourier'"):
         s4d_spectrum("fourier", 4)
     for N in (3, 0, 2.0):
         with pytest.raises(ValueError, match="N must be"):
