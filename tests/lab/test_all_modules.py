@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import polylib
-from polylib import neurons, optimization, quantization, regimes, sparsity
+from polylib import neurons, optimization, quantization, regimes, sequences, sparsity
 from polylib.lab import Stack, transformer
 
 
@@ -43,6 +43,17 @@ def pruned() -> nn.Module:
     layer.mask[:, 1:] = 0
     layer.mask[0, 1] = 1
     return importlib.import_module("polylib.neurons.selectable_kan").PrunedKANLinear(layer)
+
+
+class Convolved(nn.Module):
+    """Kernels as a module of one input and one output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = sequences.S4DKernel(3, 8, disc="bilinear", train_B=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return sequences.causal_convolution(x, self.inner(x.shape[-1]))
 
 
 class Predicted(nn.Module):
@@ -117,6 +128,8 @@ EXAMPLES: dict[str, tuple[Callable[[], nn.Module], Callable[[int], torch.Tensor]
     "QuantizedAttention": (lambda: quantization.QuantizedAttention(8, 2, 4), lambda n: torch.randn(n, 5, 8)),
     "ReluRNN": (lambda: regimes.ReluRNN(3, 8, 2), lambda n: torch.randn(n, 5, 3)),
     "Residual": (lambda: optimization.Residual(nn.Linear(8, 8), None, nn.ReLU), lambda n: torch.randn(n, 8)),
+    "S4D": (lambda: sequences.S4D(4, d_state=8), lambda n: torch.randn(n, 7, 4)),
+    "S4DKernel": (Convolved, lambda n: torch.randn(n, 3, 7)),
     "ScaledConvNet": (
         lambda: optimization.ScaledConvNet(optimization.Stages((1, 2), (8, 16), 8), classes=3),
         lambda n: torch.randn(n, 3, 8, 8),
