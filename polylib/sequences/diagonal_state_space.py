@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from polylib import _checks
-from polylib.kernels import vandermonde
+from polylib.kernels.vandermonde import vandermonde
 from polylib.sequences.hippo import SPECTRA, s4d_spectrum
 
 DECAYS = ("exp", "softplus", "relu")
