@@ -137,7 +137,7 @@ class S4DKernel(nn.Module):
         return vandermonde(_paired(self.C) * B, log_A, L)
 
     def initial_state(self, *batch: int) -> Tensor:
-        """Return zeros, (*batch, H, N / 2), complex."""
+        """Return zeros, `(*batch, H, N / 2)`, complex."""
         return torch.zeros_like(self.A()).expand(*batch, -1, -1)
 
     def recur(self, u: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
