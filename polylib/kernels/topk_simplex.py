@@ -59,16 +59,23 @@ def topk_simplex_reference(scores: Tensor, mass: Tensor, k: int) -> Tensor:
     bad = (s.isnan() | (s == torch.inf)).any(1, keepdim=True) | (s == -torch.inf).all(1, keepdim=True)
     bad |= ~(mass < torch.inf)
     s = torch.where(bad, 0.0, s)
-    order = s.sort(dim=1, descending=True, stable=True).indices[:, :k]
-    # From the largest on: what is far below it has no share, and must not cost the others their digits.
-    u = s.gather(1, order)
-    u = u - u[:, :1].detach()
-    rank = torch.arange(1, k + 1, device=s.device)
-    theta = (u.cumsum(1) - mass) / rank
-    inside = (u > theta).sum(1, keepdim=True).clamp(min=1)  # theta rises, u falls: they cross once
-    t = (u - theta.gather(1, inside - 1)).clamp(min=0).masked_fill(rank > inside, 0.0)
-    plan = torch.zeros_like(s).scatter(1, order, t)
+    s = s - s.detach().amax(1, keepdim=True)  # what is far below the largest must not cost it its digits
+    with torch.no_grad():
+        inside = _support(s, mass, k)
+    theta = (torch.where(inside, s, 0.0).sum(1, keepdim=True) - mass) / inside.sum(1, keepdim=True)
+    plan = torch.where(inside, (s - theta).clamp(min=0), 0.0)
     return torch.where(bad, torch.nan, plan).to(scores.dtype)
+
+
+def _support(s: Tensor, mass: Tensor, k: int) -> Tensor:
+    """Which entries of each row are not zero in the plan; one at least."""
+    u = s.topk(k, dim=1).values
+    rank = torch.arange(1, k + 1, device=s.device)
+    # u falls, the threshold at which the first r have the right sum rises: they cross once.
+    count = (rank * u - u.cumsum(1) + mass > 0).sum(1, keepdim=True).clamp(min=1)
+    last = u.gather(1, count - 1)
+    above, equal = s > last, s == last
+    return above | (equal & (equal.cumsum(1) <= count - above.sum(1, keepdim=True)))
 
 
 # --- the kernels ------------------------------------------------------------------------------------------------------

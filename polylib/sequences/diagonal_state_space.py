@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from polylib import _checks
+from polylib.kernels._common import widened
 from polylib.kernels.vandermonde import vandermonde
 from polylib.sequences.hippo import SPECTRA, s4d_spectrum
 
@@ -40,7 +41,7 @@ def causal_convolution(u: Tensor, K: Tensor) -> Tensor:
     if u.numel() == 0:  # an empty batch, which some libraries of transforms refuse
         return (u * K[..., :1]).to(u.dtype)
     n = 2 * max(length, K.shape[-1])
-    product = torch.fft.rfft(_wide(u), n=n) * torch.fft.rfft(_wide(K), n=n)
+    product = torch.fft.rfft(widened(u), n=n) * torch.fft.rfft(widened(K), n=n)
     return torch.fft.irfft(product, n=n)[..., :length].to(u.dtype)
 
 
@@ -114,13 +115,13 @@ class S4DKernel(nn.Module):
 
     def A(self) -> Tensor:
         """Return the diagonal of A as it stands, (H, N / 2), complex."""
-        raw = _wide(self.decay)
+        raw = widened(self.decay)
         size = raw.exp() if self.transform == "exp" else F.softplus(raw) if self.transform == "softplus" else raw.relu()
-        return torch.complex(-size, _wide(self.frequency))
+        return torch.complex(-size, widened(self.frequency))
 
     def discretized(self) -> tuple[Tensor, Tensor]:
         """Return the logarithm of A and B itself of the recurrence x <- A x + B u, each (H, N / 2), complex."""
-        dt = _wide(self.log_dt).exp()[:, None]
+        dt = widened(self.log_dt).exp()[:, None]
         z, B = dt * self.A(), dt * _paired(self.B)
         if self.disc == "zoh":
             return z, _expm1_over(z) * B
@@ -156,10 +157,10 @@ class S4DKernel(nn.Module):
         _checks.shape("state", state, f"{expected}", tuple(state.shape) == expected)
         log_A, B = self.discretized()
         A, C, outputs = log_A.exp(), 2 * _paired(self.C), []
-        for now in _wide(u).unbind(-2):
+        for now in widened(u).unbind(-2):
             state = A * state + B * now[..., None]
             outputs.append((C * state).sum(-1).real)
-        y = torch.stack(outputs, -2) if outputs else _wide(u)
+        y = torch.stack(outputs, -2) if outputs else widened(u)
         return y.to(u.dtype), state
 
 
@@ -224,13 +225,9 @@ def s4d_groups(
     return [group for group in groups if group["params"]]
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
 def _paired(parts: Tensor) -> Tensor:
     """Real and imaginary parts along the last axis as complex numbers; a copy, so that no stride is too odd for it."""
-    re, im = _wide(parts).unbind(-1)
+    re, im = widened(parts).unbind(-1)
     return torch.complex(re, im)
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from polylib import _checks
+from polylib.kernels._common import widened
 
 FLOOR = 1e-5  # the least step: a threshold may cross zero, a division by it may not
 
@@ -223,10 +224,6 @@ def mac_density(layers: Sequence[Activity]) -> Tensor:
     return torch.stack([w * layer.density for w, layer in zip(weights, layers, strict=True)]).sum() / sum(weights)
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
 def _summed(entries: Tensor, like: Tensor) -> Tensor:
     """The sum of the entries that share one of `like`, in its shape and dtype."""
     extra = entries.dim() - like.dim()
@@ -241,8 +238,8 @@ class _Quantize(torch.autograd.Function):
 
     @staticmethod
     def forward(a: Tensor, q: Tensor) -> Tensor:
-        step = _wide(q)
-        return (torch.round(_wide(a) / step) * step).to(a.dtype)
+        step = widened(q)
+        return (torch.round(widened(a) / step) * step).to(a.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -253,7 +250,7 @@ class _Quantize(torch.autograd.Function):
         a, q = ctx.saved_tensors
         by_step = None
         if ctx.needs_input_grad[1]:
-            by_step = -_summed(_wide(g) * torch.round(_wide(a) / _wide(q)), q)
+            by_step = -_summed(widened(g) * torch.round(widened(a) / widened(q)), q)
         return g, by_step
 
 
@@ -262,8 +259,8 @@ class _QuantizedDeltas(torch.autograd.Function):
 
     @staticmethod
     def forward(a: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        step = _wide(q)
-        code = (_wide(a) / step).round_()
+        step = widened(q)
+        code = (widened(a) / step).round_()
         y = code * step
         change = changes(y)
         count = (change != 0).sum()
@@ -279,7 +276,7 @@ class _QuantizedDeltas(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor, g_sum: Tensor, *_: Any) -> Any:
         q, code = ctx.saved_tensors
         slope = g_sum * changes(code).sign()  # of the sum by the later frame of each pair
-        each = _wide(g).clone()
+        each = widened(g).clone()
         each[:, 1:] += slope
         each[:, :-1] -= slope
         by_step = -_summed(each * code, q) if ctx.needs_input_grad[1] else None

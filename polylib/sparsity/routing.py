@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from polylib import _checks
+from polylib.kernels._common import widened
 from polylib.sparsity.topk_simplex import project_columns
 
 _MOMENTUM = 0.9
@@ -54,8 +55,7 @@ class SparseOTRouter(nn.Module):
         tokens, experts = scores.shape[-2:]
         if self.k * experts < tokens:
             raise ValueError(f"k must be at least tokens / experts = {tokens / experts:g}, got {self.k}")
-        wide = scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
-        wide = wide / self.gamma
+        wide = widened(scores) / self.gamma
         mass = torch.full_like(wide[..., 0, :], tokens / experts)
         potential = self._solve(wide.detach(), mass)
         return project_columns(wide + potential, self.k, mass, -2).to(scores.dtype)

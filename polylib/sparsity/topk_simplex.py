@@ -53,26 +53,8 @@ def topk_simplex_projection(s: Tensor, k: int, mass: float | Tensor = 1.0, dim: 
 
 
 def project_columns(s: Tensor, k: int, mass: Tensor, dim: int) -> Tensor:
-    """`topk_simplex_projection` without its checks, for loops that call it often. `mass` has one entry a vector."""
-    if s.is_cuda:  # one kernel, without a sort
-        return kernels.topk_simplex(s.movedim(dim, -1), k, mass).movedim(-1, dim)
-    wide = s.float() if s.dtype in (torch.float16, torch.bfloat16) else s
-    mass = mass.to(wide.dtype).unsqueeze(dim)
-    wide = wide - wide.detach().amax(dim, keepdim=True)  # changes nothing, and the sums lose no digits
-    with torch.no_grad():
-        support, count = _support(wide, min(k, s.shape[dim]), mass, dim)
-    theta = (torch.where(support, wide, 0).sum(dim, keepdim=True) - mass) / count
-    return torch.where(support, (wide - theta).clamp(min=0), 0).to(s.dtype)
+    """`topk_simplex_projection` without a look at the values, for loops that call it often: a NaN gives NaN.
 
-
-def _support(s: Tensor, k: int, mass: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Which entries are kept, and how many of each vector."""
-    largest = s.topk(k, dim).values.movedim(dim, -1)
-    order = torch.arange(1, k + 1, dtype=s.dtype, device=s.device)
-    exceeds = order * largest - largest.cumsum(-1) + mass.movedim(dim, -1) > 0
-    count = exceeds.sum(-1, keepdim=True)
-    edge = largest.gather(-1, count - 1).movedim(-1, dim)
-    count = count.movedim(-1, dim)
-    above, equal = s > edge, s == edge
-    first = equal.cumsum(dim) <= count - above.sum(dim, keepdim=True)
-    return above | (equal & first), count
+    `mass` has one entry a vector.
+    """
+    return kernels.topk_simplex(s.movedim(dim, -1), k, mass).movedim(-1, dim)
