@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from polylib import _checks
 from polylib.kernels.topk_residual import topk_decompress_, topk_residual_
-from polylib.optimization.compressors import BlockTopK, NaturalRounding, TopK, decode_
+from polylib.optimization.compressors import BlockTopK, TopK, decode_
 
 
 class EF21State:
@@ -54,7 +54,7 @@ class EF21State:
         weight: float | None = None,
         warmup_steps: int = 0,
     ) -> None:
-        if not hasattr(compressor, "encode") or isinstance(compressor, NaturalRounding):
+        if not isinstance(compressor, TopK | BlockTopK):
             raise TypeError(f"compressor must be a TopK or a BlockTopK, got {compressor!r}")
         self.warmup_steps = _checks.integer("warmup_steps", warmup_steps, least=0)
         if weight is not None:
@@ -66,6 +66,8 @@ class EF21State:
         self.own: dict[str, Tensor] = {}
         self.server: dict[str, Tensor] = {}
         self.step = self.bytes_sent = self.bytes_dense = 0
+        if not self.names:
+            raise ValueError("model must have a parameter that is trained, got none")
         device = next(iter(self.names)).device
         # Every rank takes part in this exchange, whatever it was given, so that none waits for another forever.
         given = torch.tensor([torch.nan if weight is None else weight], dtype=torch.float64, device=device)

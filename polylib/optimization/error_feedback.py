@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from polylib import _checks
+from polylib.kernels._common import widened
 
 
 def ef21_xi(alpha: float) -> float:
@@ -45,10 +46,12 @@ def ef21_stepsize(
         The step, `(...)`.
 
     Raises:
+        TypeError: clients that are not floating.
         ValueError: constants that are not positive and finite, or an L above all L_i, which no mean of losses has.
     """
     _checks.choice("mean", mean, ("arithmetic", "quadratic"))
     _checks.shape("clients", clients, "(..., n) with at least one client", clients.dim() > 0 and clients.shape[-1] > 0)
+    _checks.floating("dtype of clients", clients.dtype)
     whole = torch.as_tensor(smoothness, dtype=clients.dtype, device=clients.device)
     for name, values in (("smoothness", whole), ("clients", clients)):
         if not (values.isfinite() & (values > 0)).all():
@@ -57,8 +60,10 @@ def ef21_stepsize(
         raise ValueError(
             f"smoothness must be at most the largest of clients, got {whole.tolist()} and {clients.amax(-1).tolist()}"
         )
-    average = clients.mean(-1) if mean == "arithmetic" else clients.square().mean(-1).sqrt()
-    return 1 / (whole + average * ef21_xi(alpha))
+    scale = 2.0 ** widened(clients).amax(-1).log2().floor()  # a power of two, so that nothing overflows or rounds
+    parts = widened(clients) / scale[..., None]
+    average = parts.mean(-1) if mean == "arithmetic" else parts.square().mean(-1).sqrt()
+    return (1 / (widened(whole) / scale + average * ef21_xi(alpha)) / scale).to(clients.dtype)
 
 
 class EF21Simulator:

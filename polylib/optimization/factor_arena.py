@@ -41,9 +41,13 @@ class FactorArena:
         return self._all.is_cuda
 
     def holds(self, factors: Sequence[Tensor]) -> bool:
-        """Whether these are all of the factors, in their order, and none was replaced by another tensor."""
+        """Whether these are all of the factors, in their order, and none was replaced by another tensor.
+
+        In a copy, or after pickling, the factors are no longer views of one tensor, and the answer is no.
+        """
         same = len(factors) == len(self.factors)
-        return same and all(given is own for given, own in zip(factors, self.factors, strict=True))
+        pairs = zip(factors, self.factors, strict=True)
+        return same and all(given is own and own._base is self._all for given, own in pairs)
 
     @torch.no_grad()
     def refresh_(

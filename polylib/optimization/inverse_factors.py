@@ -118,8 +118,16 @@ def kronecker_precondition(grad: Tensor, left: Tensor, right: Tensor) -> Tensor:
 def rescaled(direction: Tensor, gradient: Tensor) -> Tensor:
     """`direction` with the length of `gradient`, `(..., o, i)` each: as Frobenius norms; zero if either is zero."""
     wide = torch.promote_types(direction.dtype, torch.float32)
-    own, wanted = (torch.linalg.vector_norm(g, dim=(-2, -1), keepdim=True, dtype=wide) for g in (direction, gradient))
-    return (direction * (wanted / own.clamp(min=torch.finfo(wide).tiny))).to(direction.dtype)
+    unit, own, _ = _unit(direction.to(wide))
+    _, wanted, largest = _unit(gradient.to(wide))
+    return (unit * (wanted / own) * largest).to(direction.dtype)
+
+
+def _unit(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Matrices whose largest entry is 1, or zeros; their lengths, whose squares can't overflow; and what it was."""
+    largest = x.abs().amax((-2, -1), keepdim=True)
+    unit = x / torch.where(largest > 0, largest, 1)
+    return unit, torch.linalg.vector_norm(unit, dim=(-2, -1), keepdim=True).clamp(min=1), largest
 
 
 def _moved(inverse: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

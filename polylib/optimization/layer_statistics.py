@@ -59,10 +59,11 @@ class LayerState:
 
 
 def supported(module: nn.Module) -> TypeGuard[Layer]:
-    """Whether a module has a weight that is trained, and whose gradient is one matrix of outputs by inputs."""
-    if isinstance(module, nn.Conv2d):
-        return module.groups == 1 and module.weight.requires_grad
-    return isinstance(module, nn.Linear) and module.weight.requires_grad
+    """Whether a module has a real weight that is trained, and whose gradient is one matrix of outputs by inputs."""
+    if not isinstance(module, nn.Linear | nn.Conv2d) or (isinstance(module, nn.Conv2d) and module.groups != 1):
+        return False
+    weight = module.weight  # a parametrised one is computed, and has no gradient of its own
+    return isinstance(weight, nn.Parameter) and weight.is_floating_point() and weight.requires_grad
 
 
 def layer_states(

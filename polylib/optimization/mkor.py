@@ -28,9 +28,10 @@ class MKOR:
     training mode and with gradients on; on other steps they do nothing, and the factors are those of the last refresh.
 
     The loss must be a mean over rows, as torch's losses are. With one that is multiplied by a number, by a gradient
-    scaler or since batches are added up, give that number to `step`. A batch that overflows raises, so that a
-    `GradScaler`, which expects such batches, needs a check of the gradients before; bfloat16 needs no scaler. Weight
-    decay belongs to the optimizer, after the preconditioning; if its rate has a schedule, that is the optimizer's too.
+    scaler or since batches are added up, give that number to `step`. On a refresh, a batch that overflows raises, so
+    that a `GradScaler`, which expects such batches, needs a check of the gradients before, and `skip` in the place of
+    `step` where they are not finite; bfloat16 needs no scaler. Weight decay belongs to the optimizer, after the
+    preconditioning; if its rate has a schedule, that is the optimizer's too.
 
     Args:
         model: with one of these layers at least. Hooks are put on it; `remove_hooks` takes them away.
@@ -112,11 +113,19 @@ class MKOR:
                 are left with the scale that they have.
 
         Raises:
-            RuntimeError: the factors are to be refreshed, but a layer with a gradient was not seen in training mode.
-            ValueError: statistics that are not finite; factors and gradients are as before. Or a scale not above 0.
+            RuntimeError: the factors are to be refreshed, but a layer with a gradient was not seen in training mode; a
+                layer whose bias was frozen or set free since; or factors that are no longer finite, which happens where
+                no stabiliser bounds them.
+            ValueError: statistics that are not finite, or whose squares are not; factors and gradients are as before.
+                Or a scale not above 0.
         """
         loss_scale = _checks.number("loss_scale", loss_scale, above=0)
         used = {name: layer for name, layer in self.layers.items() if layer.module.weight.grad is not None}
+        for name, layer in used.items():
+            expected = (len(layer.left), len(layer.right))
+            if tuple(layer.gradient().shape) != expected:
+                got = tuple(layer.gradient().shape)
+                raise RuntimeError(f"layer {name!r} must have a gradient of {expected} with its bias, got {got}")
         if self.due:
             unseen = [name for name, layer in used.items() if not layer.collected]
             if unseen or not used:
@@ -139,6 +148,10 @@ class MKOR:
         self.precondition(loss_scale)
         self.optimizer.step()
 
+    def skip(self) -> None:
+        """Drop what a batch has left behind: instead of `step`, if the optimizer is to take none."""
+        self._forget()
+
     def _refresh(self, used: dict[str, LayerState], loss_scale: float) -> None:
         vectors: list[Tensor] = []
         for layer in used.values():
@@ -146,9 +159,11 @@ class MKOR:
             vectors += [grad / loss_scale, inputs]
         if self.process_group is not None:
             vectors = _averaged(vectors, self.process_group)
-        if not all(torch.stack([v.isfinite().all() for v in vectors]).tolist()):
-            raise ValueError("statistics must be finite, got infinite or missing numbers in inputs or gradients")
         factors = [factor for layer in used.values() for factor in (layer.left, layer.right)]
+        pairs = zip(vectors, factors, strict=True)
+        sizes = [v.to(torch.promote_types(f.dtype, torch.float32)).square().sum().double() for v, f in pairs]
+        if not torch.stack(sizes).isfinite().all():
+            raise ValueError("statistics and their squares must be finite, got inputs or gradients that are not")
         arena = self._arena if self.variant == "exact" else None
         if arena is not None and arena.on_gpu and arena.holds(factors):
             arena.refresh_(vectors, self.gamma, self.stabilizer, self.zeta)
@@ -157,6 +172,13 @@ class MKOR:
                 if self.stabilizer is not None:
                     stabilise_(factor, self.stabilizer, self.zeta)
                 REFRESHES[self.variant](factor, v, self.gamma)
+        traces = torch.stack([factor.diagonal().sum().double() for factor in factors]).isfinite().view(-1, 2).all(1)
+        broken = [name for name, fine in zip(used, traces.tolist(), strict=True) if not fine]
+        if broken:
+            raise RuntimeError(
+                f"the factors of {', '.join(broken)} are no longer finite: a direction without statistics grows until "
+                "rounding breaks the factor; a stabilizer, with zeta at most gamma, keeps it small for long"
+            )
         self.refreshes += 1
         if self.refreshes % SYMMETRISE == 0:
             for factor in factors:
@@ -191,10 +213,11 @@ class MKOR:
         pairs = [(f"{n}.{s}", getattr(o, s), factors[n][s]) for n, o in self.layers.items() for s in ("left", "right")]
         for name, own, given in pairs:
             _checks.shape(name, given, str(tuple(own.shape)), given.shape == own.shape)
+        counts = [state[name] for name in ("steps", "refreshes", "active")]
         self.optimizer.load_state_dict(state["optimizer"])
         for _, own, given in pairs:
             own.copy_(given)
-        self.steps, self.refreshes, self.active = state["steps"], state["refreshes"], state["active"]
+        self.steps, self.refreshes, self.active = counts
 
 
 def _averaged(vectors: list[Tensor], group: Any) -> list[Tensor]:

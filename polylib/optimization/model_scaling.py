@@ -139,4 +139,4 @@ def _compatible(width: int, group: int, bottleneck: float) -> tuple[int, int]:
     group = min(group, inner)
     step = lcm(group, int(ratio)) if ratio > 1 else group
     inner = max(step, round(inner / step) * step)
-    return int(inner / ratio), group
+    return round(inner / ratio), group

@@ -32,11 +32,13 @@ def causal_convolution(u: Tensor, K: Tensor) -> Tensor:
         In the dtype of u; computed in at least float32.
 
     Raises:
+        TypeError: tensors that are not floating.
         ValueError: an axis of time without entries.
     """
     for name, value in (("u", u), ("K", K)):
         fits = value.dim() > 0 and value.shape[-1] > 0
         _checks.shape(name, value, "(..., time) with at least one time", fits)
+        _checks.floating(f"dtype of {name}", value.dtype)
     length = u.shape[-1]
     if u.numel() == 0:  # an empty batch, which some libraries of transforms refuse
         return (u * K[..., :1]).to(u.dtype)
@@ -107,7 +109,7 @@ class S4DKernel(nn.Module):
         else:
             A = s4d_spectrum(init, self.d_state).expand(self.d_model, -1)
         size = -A.real
-        inverse = {"exp": size.log(), "softplus": size.expm1().log(), "relu": size}
+        inverse = {"exp": size.log(), "softplus": size + (-(-size).expm1()).log(), "relu": size}
         self.decay.copy_(inverse[self.transform])
         self.frequency.copy_(A.imag)
         self.C.normal_(std=0.5**0.5)
@@ -148,10 +150,12 @@ class S4DKernel(nn.Module):
             The outputs (..., L, H), which are those of the convolution, and the last state (..., H, N / 2).
 
         Raises:
+            TypeError: inputs that are not floating.
             ValueError: shapes that don't fit.
         """
         fits = u.dim() >= 2 and u.shape[-1] == self.d_model
         _checks.shape("u", u, f"(..., L, {self.d_model})", fits)
+        _checks.floating("dtype of u", u.dtype)
         state = self.initial_state(*u.shape[:-2]) if state is None else state
         expected = (*u.shape[:-2], self.d_model, self.d_state // 2)
         _checks.shape("state", state, f"{expected}", tuple(state.shape) == expected)

@@ -46,7 +46,12 @@ def delta_quantize(a: Tensor, q: Tensor) -> Tensor:
 
     Returns:
         As a in shape and dtype.
+
+    Raises:
+        TypeError: an a that is not floating.
+        ValueError: a q of another shape.
     """
+    _check(a, q)
     return _Quantize.apply(a, q)
 
 
@@ -63,8 +68,10 @@ def quantized_deltas(x: Tensor, q: Tensor, relu: bool = True) -> tuple[Tensor, T
         these differences are not zero, (), int64, without a gradient.
 
     Raises:
-        ValueError: fewer than two frames.
+        TypeError: an x that is not floating.
+        ValueError: fewer than two frames, or a q of another shape.
     """
+    _check(x, q)
     _checks.shape("x", x, "(batch, frames, ...) with at least two frames", x.dim() >= 2 and x.shape[1] >= 2)
     values, total, count, _ = _QuantizedDeltas.apply(x.relu() if relu else x, q)
     return values, total, count
@@ -154,7 +161,7 @@ class DeltaActivation(nn.Module):
         else:
             y = self.quantize(x.relu() if relu else x, self.step())
             change = changes(y)
-            self._record(y, change.abs().sum(), (change != 0).sum())
+            self._record(y, widened(change).abs().sum(), (change != 0).sum())
         return y if self.emit == "value" else torch.cat([y[:, :1], changes(y)], 1)
 
     def _record(self, y: Tensor, total: Tensor, count: Tensor) -> None:
@@ -183,7 +190,7 @@ class SparseActivation(nn.Module):
         y = x.relu()
         if self._records is not None:
             sent, neurons = max(1, y.numel()), y.shape[2:].numel()
-            self._records.append(Activity(y.sum() / sent, (y != 0).sum() / sent, neurons, self.fan_out))
+            self._records.append(Activity(widened(y).sum() / sent, (y != 0).sum() / sent, neurons, self.fan_out))
         return y
 
 
@@ -222,6 +229,12 @@ def mac_density(layers: Sequence[Activity]) -> Tensor:
     """The share of all products whose activation is not zero, (): those of the layers, weighted by their numbers."""
     weights = [layer.neurons * layer.fan_out for layer in layers]
     return torch.stack([w * layer.density for w, layer in zip(weights, layers, strict=True)]).sum() / sum(weights)
+
+
+def _check(x: Tensor, q: Tensor) -> None:
+    _checks.floating("dtype of the values", x.dtype)
+    fits = q.dim() <= x.dim() and all(n in (1, m) for n, m in zip(q.shape[::-1], x.shape[::-1], strict=False))
+    _checks.shape("q", q, f"that is broadcast to {tuple(x.shape)}", fits)
 
 
 def _summed(entries: Tensor, like: Tensor) -> Tensor:
@@ -275,9 +288,8 @@ class _QuantizedDeltas(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor, g_sum: Tensor, *_: Any) -> Any:
         q, code = ctx.saved_tensors
-        slope = g_sum * changes(code).sign()  # of the sum by the later frame of each pair
-        each = widened(g).clone()
-        each[:, 1:] += slope
-        each[:, :-1] -= slope
+        slope = g_sum * changes(code * widened(q)).sign()  # of the sum by the later frame of each pair
+        none = torch.zeros_like(slope[:, :1])
+        each = widened(g) + torch.cat([none, slope], 1) - torch.cat([slope, none], 1)
         by_step = -_summed(each * code, q) if ctx.needs_input_grad[1] else None
         return each.to(ctx.dtype), by_step

@@ -66,14 +66,14 @@ def delta_inference(model: nn.Sequential, clip: Tensor) -> DeltaInference:
     outputs, macs = [], []
     dense: list[Tensor] = []
     for frame in clip.unbind(1):
-        counts, dense, value = [], [], frame
+        counts, dense, value, whole = [], [], frame, frame  # what is sent, and what it stands for
         for place, layer in enumerate(model):
             if isinstance(layer, DeltaActivation):
-                y = layer(value[:, None])[:, 0]
-                value = y - state[place] if place in state else y  # what is sent
-                state[place] = y
+                whole = layer(whole[:, None])[:, 0]
+                value = whole - state[place] if place in state else whole
+                state[place] = whole
             elif isinstance(layer, nn.Flatten):
-                value = layer(value)
+                value, whole = layer(value), layer(whole)
             else:
                 weight: Tensor = layer.weight  # type: ignore[assignment]
                 ones = torch.ones_like(weight, dtype=torch.float64)
@@ -83,8 +83,8 @@ def delta_inference(model: nn.Sequential, clip: Tensor) -> DeltaInference:
                     state[place] = state[place] + _map(layer, value, weight)
                 else:
                     state[place] = layer(value)
-                value = state[place]
-        outputs.append(value)
+                value = whole = state[place]
+        outputs.append(whole)
         macs.append(torch.stack(counts))
     return DeltaInference(torch.stack(outputs, 1), torch.stack(macs, 1), torch.stack(dense))
 

@@ -28,7 +28,9 @@ class SparseOTRouter(nn.Module):
     The semi-dual is maximised by steps of gamma / experts with momentum, which end at zero; a unit of step is safe, as
     the sum of a token changes by at most experts / gamma for a change of its dual variable. In backward the dual
     variables are constants: a gradient goes through the last projection alone. All this scales with the scores: with
-    c times the scores and c times gamma the weights are the same. The layer has no parameters and no state.
+    c times the scores and c times gamma the weights are the same. The layer has no parameters and no state. A score
+    that is NaN or infinite, or is so after division by gamma, makes the weights of its experts NaN; minus infinity
+    forbids a pair, but not all pairs of an expert.
 
     Args:
         k: tokens of an expert at most. `forward` asks for k experts >= tokens, so that each token can have a place.

@@ -95,6 +95,8 @@ def sparse_ot(
     tol, tie = _checks.number("tol", tol, above=0), _checks.number("tie", tie, least=0)
     max_iter = _checks.integer("max_iter", max_iter, least=1)
     _check_problem(a, b, C, k)
+    if not (C.detach().double().abs().max() / gamma).isfinite():
+        raise ValueError(f"gamma must not be so small that C / gamma overflows, got {gamma:g}")
     rows, columns, costs = (x.detach().to(C.device, torch.float64) for x in (a, b, C))
     columns = columns * (rows.sum() / columns.sum())  # equal up to the rounding of what was given
     parts = [len(rows)] if formulation == "semi_dual" else [len(rows), len(columns)]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from polylib import _checks, kernels
+from polylib.kernels._common import widened
 
 
 def topk_simplex_projection(s: Tensor, k: int, mass: float | Tensor = 1.0, dim: int = 0) -> Tensor:
@@ -42,14 +43,15 @@ def topk_simplex_projection(s: Tensor, k: int, mass: float | Tensor = 1.0, dim: 
     if isinstance(mass, Tensor) and mass.dim() > 0:
         want = s.shape[: dim % s.dim()] + s.shape[dim % s.dim() + 1 :]
         _checks.shape("mass", mass, f"{tuple(want)}, that of s without dimension {dim}", mass.shape == want)
+        mass = mass.to(widened(s).dtype)
         if not (mass.isfinite() & (mass > 0)).all():
             raise ValueError(f"mass must be above 0 and finite, got {mass.tolist()}")
     else:
         _checks.number("mass", mass.detach() if isinstance(mass, Tensor) else mass, above=0)
-        mass = torch.as_tensor(mass, dtype=s.dtype, device=s.device).expand(s.select(dim, 0).shape)
+        mass = torch.as_tensor(mass, dtype=widened(s).dtype, device=s.device).expand(s.select(dim, 0).shape)
     if not s.amax(dim).isfinite().all():  # the largest of a vector with a NaN is NaN
         raise ValueError("s must have a finite largest entry along dim and no NaN, got one that has not")
-    return project_columns(s, k, mass.to(s.dtype), dim)
+    return project_columns(s, k, mass, dim)
 
 
 def project_columns(s: Tensor, k: int, mass: Tensor, dim: int) -> Tensor:

@@ -224,3 +224,13 @@ def test_bad_rounds(change, message):
 def test_bad_constants(arguments, message):
     with pytest.raises(ValueError, match=message):
         ef21_stepsize(*arguments)
+
+
+@pytest.mark.parametrize("size", [1e20, 1e-25, 1e38])
+def test_constants_whose_squares_have_no_number(size):
+    for mean in ("quadratic", "arithmetic"):
+        step = ef21_stepsize(size, torch.tensor([size, size / 2]), 0.5, mean)
+        wanted = ef21_stepsize(1.0, torch.tensor([1.0, 0.5]).double(), 0.5, mean) / size
+        torch.testing.assert_close(step.double(), wanted, rtol=1e-5, atol=0.0)
+    with pytest.raises(TypeError, match="dtype of clients must be a floating-point dtype"):
+        ef21_stepsize(1.0, torch.tensor([1, 2]), 0.5)

@@ -1,6 +1,7 @@
 """The factors of a model in one tensor, refreshed together, against one after the other."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -93,3 +94,9 @@ def test_an_optimizer_that_refreshes_all_at_once_is_the_same(meddle, monkeypatch
     monkeypatch.setattr(FactorArena, "on_gpu", True)
     torch.testing.assert_close(trained("cpu", meddle), plain, rtol=1e-4, atol=1e-5)
     assert len(seen) == (4 if meddle is replace else 8)
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda arena: pickle.loads(pickle.dumps(arena))])
+def test_a_copy_is_refreshed_one_by_one_since_its_factors_are_no_views(way):
+    arena = way(FactorArena([2, 3], torch.float32, "cpu"))
+    assert not arena.holds(arena.factors)

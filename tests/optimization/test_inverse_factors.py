@@ -9,6 +9,7 @@ from polylib.optimization import (
     kronecker_precondition,
     package_refresh_,
     printed_refresh_,
+    rescaled,
     sherman_morrison_ema_,
     stabilise_,
 )
@@ -149,3 +150,9 @@ def test_bad_input():
         kronecker_precondition(torch.zeros(2, 3), torch.eye(3), torch.eye(3))
     with pytest.raises(ValueError, match="right must have shape"):
         kronecker_precondition(torch.zeros(2, 3), torch.eye(2), torch.eye(2))
+
+
+@pytest.mark.parametrize("size", [1e20, 1e-25, 1e38])
+def test_a_length_whose_square_has_no_number(size):
+    gradient, direction = torch.tensor([[3.0, 0], [0, 4]]) / 5 * size, torch.tensor([[0.0, 2], [0, 0]]) * size
+    torch.testing.assert_close(rescaled(direction, gradient), torch.tensor([[0.0, 1], [0, 0]]) * size)

@@ -288,7 +288,7 @@ def test_statistics_that_are_missing_or_not_finite_raise_and_change_nothing():
     x, y = batch()
     backward(model, x * float("nan"), y)
     before, weights = factors(mkor), copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match="statistics must be finite"):
+    with pytest.raises(ValueError, match="statistics and their squares must be finite"):
         mkor.step()
     assert all(torch.equal(a, b) for a, b in zip(before, factors(mkor), strict=True))
     torch.testing.assert_close(model.state_dict(), weights)
@@ -370,3 +370,65 @@ def test_vectors_are_averaged_over_processes(monkeypatch):
         mkor.precondition()
     assert [len(flat) for flat in sent] == [7 + 6 + 3 + 7] * 2  # all that is exchanged
     torch.testing.assert_close(factors(mkor), factors(whole))
+
+
+def test_a_batch_that_is_skipped_leaves_nothing_behind():
+    model, other = network(), network()
+    mkor, plain = wrapped(model), wrapped(other)
+    x, y = batch()
+    backward(model, x * float("inf"), y)
+    mkor.skip()
+    for own, optimizer in ((model, mkor), (other, plain)):
+        backward(own, x, y)
+        optimizer.step()
+    torch.testing.assert_close(factors(mkor), factors(plain))
+    torch.testing.assert_close(model.state_dict(), other.state_dict())
+
+
+def test_factors_that_break_raise_before_the_gradients_are_touched():
+    torch.manual_seed(0)
+    model = nn.Linear(20, 5)
+    mkor = wrapped(model, 0.05, factor_dtype=torch.float32, update_freq=1, gamma=0.5, stabilizer=None)
+    with pytest.raises(RuntimeError, match="no longer finite: a direction without statistics grows"):
+        for _ in range(400):
+            backward(model, torch.randn(64, 20), torch.randint(0, 5, (64,)))
+            mkor.step()
+    assert all(p.isfinite().all() and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_statistics_whose_squares_overflow_raise():
+    model = nn.Linear(3, 2)
+    mkor = wrapped(model, factor_dtype=torch.float32)
+    model(torch.full((4, 3), 1e20)).mean().backward()
+    with pytest.raises(ValueError, match="statistics and their squares must be finite"):
+        mkor.step()
+    assert mkor.layers[""].right.equal(torch.eye(4))
+
+
+def test_a_bias_that_is_frozen_later_is_named():
+    model = network()
+    mkor = wrapped(model)
+    model[0].bias.requires_grad_(False)
+    backward(model, *batch())
+    model[0].bias.grad = None
+    with pytest.raises(RuntimeError, match=r"layer '0' must have a gradient of \(7, 6\) with its bias, got \(7, 5\)"):
+        mkor.step()
+
+
+@pytest.mark.filterwarnings("ignore:Complex modules are a new feature")
+def test_layers_without_a_weight_of_their_own_are_no_layers():
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)), nn.Linear(4, 2))
+    assert list(wrapped(model).layers) == ["1"]
+    with pytest.raises(ValueError, match="model must have a Linear or Conv2d layer"):
+        wrapped(nn.Linear(2, 2).to(torch.complex64))
+
+
+def test_a_state_without_counts_changes_nothing():
+    mkor = wrapped(network())
+    state = copy.deepcopy(mkor.state_dict())
+    state["factors"]["0"]["left"].mul_(3)
+    del state["steps"]
+    before = factors(mkor)
+    with pytest.raises(KeyError):
+        mkor.load_state_dict(state)
+    torch.testing.assert_close(factors(mkor), before)

@@ -215,3 +215,11 @@ def test_the_small_network_learns(residual):
         ScaledConvNet(Stages((1, 2), (8,), 12))
     with pytest.raises(ValueError, match="depths must be an integer"):
         ScaledConvNet(Stages((0,), (8,), 12))
+
+
+@pytest.mark.parametrize("ratio", [0.25, 0.5, 0.7, 0.8, 0.9, 0.95])
+@pytest.mark.parametrize("s", [2, 4, 16])
+def test_what_is_scaled_can_be_built_at_any_ratio(ratio, s):
+    for width in (8, 16, 24):
+        stages = scale_stages(Stages([1], [width], 32, [8], [ratio]), "dWr", s)
+        assert round(stages.widths[0] * ratio) % stages.group_widths[0] == 0

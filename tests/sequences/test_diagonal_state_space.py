@@ -256,3 +256,16 @@ def test_bad_input():
         layer.kernel(0)
     with pytest.raises(ValueError, match="K must have shape"):
         causal_convolution(torch.zeros(3), torch.zeros(0))
+
+
+def test_integers_are_refused_and_not_cut():
+    with pytest.raises(TypeError, match="dtype of u must be a floating-point dtype"):
+        causal_convolution(torch.tensor([1, 2, 3]), torch.tensor([0.4, 0.3, 0.2]))
+    with pytest.raises(TypeError, match="dtype of u must be a floating-point dtype"):
+        S4DKernel(3, 8).recur(torch.ones(1, 4, 3, dtype=torch.long))
+
+
+def test_softplus_starts_at_a_large_decay():
+    torch.manual_seed(0)
+    kernel = S4DKernel(1, 1500, "real", transform="softplus").double()
+    torch.testing.assert_close(-kernel.A().real[0], torch.arange(1, 751).double(), rtol=1e-5, atol=1e-5)

@@ -268,3 +268,37 @@ def test_bad_input():
         layer(torch.zeros(2, 1, 3))
     with pytest.raises(ValueError, match="model must hold a DeltaActivation or a SparseActivation, got Linear"):
         recorded(nn.Linear(2, 2)).__enter__()
+
+
+def test_a_step_that_differs_between_frames_has_the_slope_of_values_and_not_of_codes():
+    x = torch.tensor([[[1.0], [1.1]]], dtype=torch.float64, requires_grad=True)
+    q = torch.tensor([[[0.2], [0.6]]], dtype=torch.float64)  # codes fall from 5 to 2, values rise from 1.0 to 1.2
+    quantized_deltas(x, q)[1].backward()
+    assert x.grad.flatten().tolist() == [-1, 1]
+
+
+def test_gradients_of_the_penalty_alone_clip_by_clip():
+    x, q = torch.rand(6, 2, 5, 3), torch.tensor(0.2)
+    each = torch.func.grad(lambda x, q: quantized_deltas(x, q)[1], (0, 1))
+    by_x, by_q = torch.vmap(each, (0, None))(x, q)
+    for k in range(6):
+        torch.testing.assert_close((by_x[k], by_q[k]), each(x[k], q))
+
+
+def test_sums_of_half_precision_do_not_overflow():
+    large = torch.full((1, 2, 40000), 2.0).half()
+    large[:, 1] = 4.0
+    for layer, l1 in (
+        (SparseActivation(), 3.0),
+        (DeltaActivation(40000, threshold=1.0, quantize=lambda a, q: q * (a / q).round()), 2.0),
+    ):
+        with recorded(layer) as seen:
+            layer.half()(large)
+        assert seen[0].l1 == l1
+
+
+def test_what_is_not_floating_or_not_broadcast_is_refused():
+    with pytest.raises(TypeError, match=r"dtype of the values must be a floating-point dtype, got torch\.int64"):
+        delta_quantize(torch.tensor([1, 2]), torch.tensor(0.7))
+    with pytest.raises(ValueError, match=r"q must have shape that is broadcast to \(3,\), got \(2, 3\)"):
+        delta_quantize(torch.rand(3), torch.rand(2, 3))

@@ -110,3 +110,11 @@ def test_other_padding_and_clips():
     for shape in ((3, 4), (2, 0, 4)):
         with pytest.raises(ValueError, match=r"clip must have shape \(batch, frames, ...\) with at least one frame"):
             delta_inference(net, torch.zeros(shape))
+
+
+@pytest.mark.parametrize("end", [[], [nn.Flatten()]])
+def test_a_network_that_ends_in_an_activation_gives_its_values_and_not_their_changes(end):
+    torch.manual_seed(0)
+    layers = [DeltaActivation(2, activation="identity"), nn.Linear(2, 3), DeltaActivation(3), *end]
+    network, clip = FrameNetwork(*layers).double(), 3 * torch.rand(2, 4, 2).double()
+    torch.testing.assert_close(delta_inference(network, clip).output, network(clip))

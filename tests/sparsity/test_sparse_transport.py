@@ -198,3 +198,9 @@ def test_bad_input():
         sparse_ot(a, b, C, 2, 1.0, formulation="primal")
     with pytest.raises(TypeError, match="floating"):
         sparse_ot(a, b, C.long(), 2, 1.0)
+
+
+def test_a_gamma_that_is_too_small_for_the_costs():
+    even = torch.full((3,), 1 / 3)
+    with pytest.raises(ValueError, match="gamma must not be so small"):
+        sparse_ot(even, even, torch.rand(3, 3), 2, 1e-320)

@@ -151,3 +151,10 @@ def test_the_kernel_that_serves_on_a_gpu_is_the_same(backend):
     for k in (1, 2, 20):
         found = topk_simplex(s.mT, k, mass, backend=backend).mT
         torch.testing.assert_close(found, topk_simplex_projection(s, k, mass), rtol=1e-5, atol=1e-6)
+
+
+def test_a_mass_is_not_rounded_before_it_is_shared_out():
+    plan = topk_simplex_projection(torch.zeros(10).half(), 10, 70000.0)
+    torch.testing.assert_close(plan, torch.full((10,), 7000.0).half())
+    plan = topk_simplex_projection(torch.zeros(2).half(), 2, 1e-6)
+    torch.testing.assert_close(plan, torch.full((2,), 5e-7).half())
