@@ -25,6 +25,7 @@ from polylib.kernels.binary_linear import (
     pack_signs_reference,
     unpack_signs,
 )
+from polylib.kernels.delta_relu import delta_relu, delta_relu_reference
 from polylib.kernels.evonorm_s0 import evonorm_s0, evonorm_s0_reference
 from polylib.kernels.fake_quantize import code_range, fake_quantize, fake_quantize_reference
 from polylib.kernels.fixed_point import fixed_point, fixed_point_codes, fixed_point_reference, raw_range
@@ -37,11 +38,13 @@ from polylib.kernels.masked_gemm_reduce import (
     pack_mask,
 )
 from polylib.kernels.mkor_refresh import factor_arena, factors_of, mkor_refresh_, mkor_refresh_reference
+from polylib.kernels.monarch_multiply import monarch_multiply, monarch_multiply_reference
 from polylib.kernels.phm_linear import kronecker_weight, phm_linear, phm_linear_reference
 from polylib.kernels.poly_norm import poly_norm, poly_norm_reference
 from polylib.kernels.poly_relu import poly_relu, poly_relu_reference
 from polylib.kernels.quadratic_linear import quadratic_linear, quadratic_linear_reference
 from polylib.kernels.sine_binarize import sine_binarize, sine_binarize_reference
+from polylib.kernels.sparse_down import sparse_down, sparse_down_reference
 from polylib.kernels.stats_quantize import stats_codes, stats_quantize, stats_quantize_reference
 from polylib.kernels.sweep_step import (
     sweep_adam_step,
@@ -62,6 +65,8 @@ __all__ = [
     "binary_linear",
     "binary_linear_reference",
     "code_range",
+    "delta_relu",
+    "delta_relu_reference",
     "evonorm_s0",
     "evonorm_s0_reference",
     "excerpt",
@@ -81,6 +86,8 @@ __all__ = [
     "masked_gemm_reduce_reference",
     "mkor_refresh_",
     "mkor_refresh_reference",
+    "monarch_multiply",
+    "monarch_multiply_reference",
     "pack_mask",
     "pack_signs",
     "pack_signs_reference",
@@ -95,6 +102,8 @@ __all__ = [
     "raw_range",
     "sine_binarize",
     "sine_binarize_reference",
+    "sparse_down",
+    "sparse_down_reference",
     "stats_codes",
     "stats_quantize",
     "stats_quantize_reference",

@@ -6,7 +6,6 @@ from .delta_activation import SparseActivation as SparseActivation
 from .delta_activation import activity_penalty as activity_penalty
 from .delta_activation import delta_quantize as delta_quantize
 from .delta_activation import mac_density as mac_density
-from .delta_activation import quantized_deltas as quantized_deltas
 from .delta_activation import recorded as recorded
 from .delta_network import DeltaInference as DeltaInference
 from .delta_network import FrameNetwork as FrameNetwork

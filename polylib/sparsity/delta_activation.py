@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from polylib import _checks
 from polylib.kernels._common import widened
+from polylib.kernels.delta_relu import changes, delta_relu, summed_as
 
 FLOOR = 1e-5  # the least step: a threshold may cross zero, a division by it may not
 
@@ -53,28 +54,6 @@ def delta_quantize(a: Tensor, q: Tensor) -> Tensor:
     """
     _check(a, q)
     return _Quantize.apply(a, q)
-
-
-def quantized_deltas(x: Tensor, q: Tensor, relu: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-    """ReLU, `delta_quantize` and what changes from frame to frame, as one function with one backward.
-
-    Args:
-        x: `(batch, frames, channels, ...)`.
-        q: positive, of a shape that is broadcast to that of x.
-        relu: whether negative entries are set to zero first.
-
-    Returns:
-        The quantised values, as x; the sum of the absolute differences of neighbouring frames, (); and how many of
-        these differences are not zero, (), int64, without a gradient.
-
-    Raises:
-        TypeError: an x that is not floating.
-        ValueError: fewer than two frames, or a q of another shape.
-    """
-    _check(x, q)
-    _checks.shape("x", x, "(batch, frames, ...) with at least two frames", x.dim() >= 2 and x.shape[1] >= 2)
-    values, total, count, _ = _QuantizedDeltas.apply(x.relu() if relu else x, q)
-    return values, total, count
 
 
 class DeltaActivation(nn.Module):
@@ -156,7 +135,7 @@ class DeltaActivation(nn.Module):
         if self._records is None:
             y = self.quantize(x.relu() if relu else x, self.step())
         elif self.quantize is delta_quantize:
-            y, total, count = quantized_deltas(x, self.step(), relu)
+            y, total, count = delta_relu(x, self.step(), relu)
             self._record(y, total, count)
         else:
             y = self.quantize(x.relu() if relu else x, self.step())
@@ -215,11 +194,6 @@ def recorded(model: nn.Module) -> Iterator[list[Activity]]:
             layer._records = old
 
 
-def changes(y: Tensor) -> Tensor:
-    """Differences of neighbouring frames, `(batch, frames - 1, ...)`: zero where the values are equal."""
-    return y[:, 1:] - y[:, :-1]
-
-
 def activity_penalty(layers: Sequence[Activity]) -> Tensor:
     """The sum over the layers of fan-out times mean absolute value, (): what is added to the loss, times a weight."""
     return torch.stack([layer.fan_out * layer.l1 for layer in layers]).sum()
@@ -235,15 +209,6 @@ def _check(x: Tensor, q: Tensor) -> None:
     _checks.floating("dtype of the values", x.dtype)
     fits = q.dim() <= x.dim() and all(n in (1, m) for n, m in zip(q.shape[::-1], x.shape[::-1], strict=False))
     _checks.shape("q", q, f"that is broadcast to {tuple(x.shape)}", fits)
-
-
-def _summed(entries: Tensor, like: Tensor) -> Tensor:
-    """The sum of the entries that share one of `like`, in its shape and dtype."""
-    extra = entries.dim() - like.dim()
-    shared = [extra + k for k, size in enumerate(like.shape) if size == 1]
-    axes = [*range(extra), *shared]
-    total = entries.sum(axes, keepdim=True) if axes else entries
-    return total.reshape(like.shape).to(like.dtype)
 
 
 class _Quantize(torch.autograd.Function):
@@ -263,33 +228,5 @@ class _Quantize(torch.autograd.Function):
         a, q = ctx.saved_tensors
         by_step = None
         if ctx.needs_input_grad[1]:
-            by_step = -_summed(widened(g) * torch.round(widened(a) / widened(q)), q)
+            by_step = -summed_as(widened(g) * torch.round(widened(a) / widened(q)), q)
         return g, by_step
-
-
-class _QuantizedDeltas(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(a: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        step = widened(q)
-        code = (widened(a) / step).round_()
-        y = code * step
-        change = changes(y)
-        count = (change != 0).sum()
-        return y.to(a.dtype), change.abs_().sum(), count, code
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.save_for_backward(inputs[1], output[3])
-        ctx.mark_non_differentiable(*output[2:])
-        ctx.dtype = inputs[0].dtype
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor, g_sum: Tensor, *_: Any) -> Any:
-        q, code = ctx.saved_tensors
-        slope = g_sum * changes(code * widened(q)).sign()  # of the sum by the later frame of each pair
-        none = torch.zeros_like(slope[:, :1])
-        each = widened(g) + torch.cat([none, slope], 1) - torch.cat([slope, none], 1)
-        by_step = -_summed(each * code, q) if ctx.needs_input_grad[1] else None
-        return each.to(ctx.dtype), by_step

@@ -97,6 +97,25 @@ def quadratic_linear(draw):
     return kernels.quadratic_linear, [draw(tensors(draw(sizes), K, dtype=dtype)), *parameters], {}
 
 
+@st.composite
+def monarch_multiply(draw):
+    dtype, (k, p, lanes, s) = draw(dtypes), (draw(st.integers(1, 20)) for _ in range(4))
+    shapes = (draw(st.integers(1, 40)), k * p), (k, lanes, p), (lanes, s, k)
+    return kernels.monarch_multiply, [draw(tensors(*shape, dtype=dtype)) for shape in shapes], {}
+
+
+@st.composite
+def sparse_down(draw):
+    dtype, (B, k, m, d) = draw(dtypes), (draw(sizes) for _ in range(4))
+    indices = (draw(tensors(B, k, dtype=torch.float64, low=0, high=m))).long().clamp(max=m - 1)
+    values, weight_t, bias = (draw(tensors(*shape, dtype=dtype)) for shape in ((B, k), (m, d), (d,)))
+
+    def function(values, weight_t, bias, **options):
+        return kernels.sparse_down(values, indices, weight_t, bias, **options)
+
+    return function, [values, weight_t, bias], {}
+
+
 def scale_of(tensor: torch.Tensor) -> float:
     return max(tensor.abs().max().item(), 1.0) if tensor.numel() else 1.0
 
@@ -143,7 +162,8 @@ def sizes_of(function, args, options) -> list[torch.Tensor] | None:
     args = [t.double().abs() for t in args]
     if function is kernels.poly_norm:
         return poly_norm_sizes(*args)
-    return gradients(function, args, options) if function in (kernels.phm_linear, kernels.quadratic_linear) else None
+    multilinear = (kernels.phm_linear, kernels.quadratic_linear, kernels.monarch_multiply)
+    return gradients(function, args, options) if function in multilinear or function.__name__ == "function" else None
 
 
 def compare_with_float64(drawn, backend: str) -> None:
@@ -154,7 +174,10 @@ def compare_with_float64(drawn, backend: str) -> None:
     compare(actual, expected, args, args[0].dtype, sizes_of(function, args, options))
 
 
-SMOOTH = [poly_relu, poly_norm, group_rational, evonorm_s0, phm_linear, quadratic_linear]
+SMOOTH = [
+    *(poly_relu, poly_norm, group_rational, evonorm_s0, phm_linear, quadratic_linear),
+    *(monarch_multiply, sparse_down),
+]
 
 
 @pytest.mark.parametrize("case", SMOOTH, ids=lambda f: f.__name__)
@@ -461,6 +484,51 @@ def test_topk_residual_reference(drawn):
 @given(messages())
 def test_topk_residual_triton(device, drawn):
     check_message(drawn, "triton")
+
+
+@st.composite
+def clips(draw):
+    """Values away from the borders between codes, and steps of each channel, each neuron or the whole layer."""
+    dtype, relu = draw(dtypes), draw(st.booleans())
+    B, T, C, P = draw(st.integers(1, 4)), draw(st.integers(2, 4)), draw(st.integers(1, 9)), draw(st.integers(1, 9))
+    step = 2.0 ** draw(st.integers(-3, 2))
+    x = away_from_borders(draw, dtype, 4, step, B, T, C, P)
+    return x, torch.full(draw(st.sampled_from([(C, 1), (C, P), (1,), (P,)])), step), relu
+
+
+def check_clips(drawn, backend):
+    """Codes by numpy; the gradient of y + total by x from the signs of the changes."""
+    x, q, relu = drawn
+    x, q = x.detach().requires_grad_(), q.requires_grad_()
+    y, total, count = kernels.delta_relu(x, q, relu, backend=backend)
+    grads = torch.autograd.grad([y, total], [x, q], [torch.ones_like(y), torch.ones_like(total)])
+    a = x.detach().double().numpy()
+    steps = np.broadcast_to(q.detach().double().numpy(), a.shape)
+    code = np.round((np.maximum(a, 0) if relu else a) / steps)
+    change = np.diff(code * steps, axis=1)
+    none = np.zeros_like(change[:, :1])
+    each = 1 + np.concatenate([none, np.sign(change)], 1) - np.concatenate([np.sign(change), none], 1)
+    assert count.item() == np.count_nonzero(change)
+    by_q = torch.from_numpy(-each * code)
+    while by_q.dim() > q.dim():
+        by_q = by_q.sum(0)
+    by_q = by_q.sum([i for i, size in enumerate(q.shape) if size == 1], keepdim=True) if 1 in q.shape else by_q
+    expected = [code * steps, np.abs(change).sum(), np.where(a > 0, each, 0) if relu else each]
+    expected = [*map(torch.as_tensor, expected), by_q]
+    for found, wanted in zip((y, total, *grads), expected, strict=True):
+        assert (found.double() - wanted).abs().max() <= ROUNDING[x.dtype] * max(1.0, wanted.abs().max())
+
+
+@REFERENCE
+@given(clips())
+def test_delta_relu_reference(drawn):
+    check_clips(drawn, "reference")
+
+
+@TRITON
+@given(clips())
+def test_delta_relu_triton(device, drawn):
+    check_clips(drawn, "triton")
 
 
 @st.composite

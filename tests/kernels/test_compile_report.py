@@ -59,6 +59,10 @@ def is_narrow(op, record):
         small |= {"v", "x", "by_v", "by_x"}
     if op == "topk_simplex":  # a number for each row
         small |= {"mass", "by_mass"}
+    if op == "sparse_down":  # numbers of a token and of its units, of which each stands for a row
+        small |= {"values", "indices", "by_values", "order", "ends", "out", "grad"}
+    if op == "delta_relu":  # sums of a program, and steps, of which many entries share one
+        small |= {"q", "totals", "counts", "by_total", "by_q"}
     if op == "topk_residual":  # what is sent is read again and written, entry by entry, wherever it lies in a block
         wide = [record["loads"].get(name, {"128": 1}) for name in ("gradient", "state")]
         return not all("128" in bits for bits in wide)

@@ -56,6 +56,10 @@ SMOOTH = {
         lambda x, r: kernels.masked_gemm_adjoint(x, r, MASK, 4), [normal(2, 3), normal(2, seed=1)]
     ),
     "phm_linear": (kernels.phm_linear, [normal(2, 4), normal(2, 2, 2, seed=1), normal(2, 2, 2, seed=2)]),
+    "monarch_multiply": (kernels.monarch_multiply, [normal(2, 4), normal(2, 2, 2, seed=1), normal(2, 2, 2, seed=2)]),
+    "sparse_down": (
+        lambda v, w: kernels.sparse_down(v, torch.tensor([[0, 2], [1, 1]]), w), [normal(2, 2), normal(3, 4, seed=1)]
+    ),
 }  # fmt: skip
 STEPPED = {
     "quantize": (quantize, QUANTIZED),

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from polylib.kernels import delta_relu
 from polylib.lab import Stack
 from polylib.sparsity import (
     DeltaActivation,
@@ -15,7 +16,6 @@ from polylib.sparsity import (
     activity_penalty,
     delta_quantize,
     mac_density,
-    quantized_deltas,
     recorded,
 )
 
@@ -32,7 +32,7 @@ def test_values_are_the_nearest_multiples():
     expected = np.rint(np.maximum(x.numpy(), 0) / 0.3) * 0.3
     q = torch.full((5, 1), 0.3, dtype=x.dtype)
     torch.testing.assert_close(delta_quantize(x.relu(), q).numpy(), expected)
-    y, total, count = quantized_deltas(x, q)
+    y, total, count = delta_relu(x, q)
     torch.testing.assert_close(y.numpy(), expected)
     change = np.diff(expected, axis=1)
     assert total.item() == pytest.approx(np.abs(change).sum())
@@ -66,7 +66,7 @@ def test_one_backward_is_that_of_the_parts(relu):
     for fused in (True, False):
         x, q = x.detach().requires_grad_(), torch.full((3,), 0.2, dtype=x.dtype, requires_grad=True)
         if fused:
-            y, total, _ = quantized_deltas(x, q, relu)
+            y, total, _ = delta_relu(x, q, relu)
         else:
             y = delta_quantize(x.relu() if relu else x, q)
             # Codes, so that what does not change is zero and not nearly zero.
@@ -104,7 +104,7 @@ def test_a_clip_that_stands_still_sends_nothing():
 def test_equal_codes_differ_by_exactly_nothing_in_half_precision(dtype):
     x = off_borders((2, 2, 500), 0.1, dtype=torch.float32)
     x[:, 1] = x[:, 0] + 0.003
-    y, total, count = quantized_deltas(x.to(dtype), torch.full((), 0.1), relu=False)
+    y, total, count = delta_relu(x.to(dtype), torch.full((), 0.1), relu=False)
     codes = (x.to(dtype).float() / 0.1).round()
     assert y.dtype == dtype and count.item() == (codes[:, 1] != codes[:, 0]).sum()
     assert ((y[:, 1] != y[:, 0]) == (codes[:, 1] != codes[:, 0])).all()
@@ -273,13 +273,13 @@ def test_bad_input():
 def test_a_step_that_differs_between_frames_has_the_slope_of_values_and_not_of_codes():
     x = torch.tensor([[[1.0], [1.1]]], dtype=torch.float64, requires_grad=True)
     q = torch.tensor([[[0.2], [0.6]]], dtype=torch.float64)  # codes fall from 5 to 2, values rise from 1.0 to 1.2
-    quantized_deltas(x, q)[1].backward()
+    delta_relu(x, q)[1].backward()
     assert x.grad.flatten().tolist() == [-1, 1]
 
 
 def test_gradients_of_the_penalty_alone_clip_by_clip():
     x, q = torch.rand(6, 2, 5, 3), torch.tensor(0.2)
-    each = torch.func.grad(lambda x, q: quantized_deltas(x, q)[1], (0, 1))
+    each = torch.func.grad(lambda x, q: delta_relu(x, q)[1], (0, 1))
     by_x, by_q = torch.vmap(each, (0, None))(x, q)
     for k in range(6):
         torch.testing.assert_close((by_x[k], by_q[k]), each(x[k], q))
