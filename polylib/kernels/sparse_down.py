@@ -166,7 +166,7 @@ def _backward(grad: Tensor, values: Tensor, indices: Tensor, weight_t: Tensor) -
             grad, values, indices, weight_t, by_values, k, m, d, BLOCK_K=16, BLOCK_D=block_d, num_warps=4
         )
         _by_weight_kernel[(m, triton.cdiv(d, block_d))](
-            grad, values, order, ends, by_weight, k, d, BLOCK_D=block_d, num_warps=2
+            grad, values, order, ends, by_weight, k, d, BLOCK_D=block_d, num_warps=1
         )
     return by_values, by_weight
 

@@ -63,6 +63,8 @@ def is_narrow(op, record):
         small |= {"values", "indices", "by_values", "order", "ends", "out", "grad"}
     if op == "delta_relu":  # sums of a program, and steps, of which many entries share one
         small |= {"q", "totals", "counts", "by_total", "by_q"}
+    if op == "monarch_multiply" and record["kernel"] == "weight_kernel":  # of a tile, four numbers a thread at most
+        small |= {"grad"}
     if op == "topk_residual":  # what is sent is read again and written, entry by entry, wherever it lies in a block
         wide = [record["loads"].get(name, {"128": 1}) for name in ("gradient", "state")]
         return not all("128" in bits for bits in wide)
