@@ -19,7 +19,8 @@ from polylib.lab.progress_bar import progress
 from polylib.sparsity.gaussian_moe import GaussianMoE, check_vectors
 from polylib.sparsity.moe_scores import scores
 
-_SAMPLES = 2**16  # of a piece of work; its scores stay in a processor's cache
+_SAMPLES = 2**15  # of a piece of work; its scores stay in a processor's cache
+_Evaluation = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def fit_mle(
     Raises:
         TypeError: samples that are not floating.
         ValueError: shapes that do not fit, samples that are not finite, a start that is not finite or whose temperature
-            is not positive, one at which the likelihood or its gradient is not finite, or a model without free parameters.
+            is not positive, one at which the likelihood or its gradient is not finite, or no free parameters.
     """
     tol, max_iter = _checks.number("tol", tol, above=0), _checks.integer("max_iter", max_iter, least=0)
     _check_samples(model, x, y)
@@ -139,7 +140,7 @@ def fit_mle(
     return MoEFit(theta, value, largest, iterations, largest <= tol)
 
 
-def _evaluate(model: GaussianMoE, theta: Tensor, x: Tensor, y: Tensor, free: Tensor, which: Tensor) -> list[Tensor]:
+def _evaluate(model: GaussianMoE, theta: Tensor, x: Tensor, y: Tensor, free: Tensor, which: Tensor) -> _Evaluation:
     """Value, gradient and Fisher information of fits `which`, whose parameters are the rows of `theta`."""
     n = x.shape[1]
     found = []
@@ -149,11 +150,11 @@ def _evaluate(model: GaussianMoE, theta: Tensor, x: Tensor, y: Tensor, free: Ten
         for begin in range(0, n, _SAMPLES):
             samples = slice(begin, begin + _SAMPLES)
             density, gradients = scores(model, parameters, x[rows, samples], y[rows, samples])
-            gradients = gradients[:, free]
             part = [density.sum(1), gradients.sum(2), gradients @ gradients.mT]
             sums = [a + b for a, b in zip(sums, part, strict=True)] if sums else part
         found.append(sums)
-    return [torch.cat(each) / n for each in zip(*found, strict=True)]
+    value, gradient, fisher = (torch.cat(each) / n for each in zip(*found, strict=True))
+    return value, gradient[:, free], fisher[:, free[:, None], free]
 
 
 def _free(model: GaussianMoE) -> Tensor:

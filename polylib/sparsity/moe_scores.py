@@ -31,8 +31,9 @@ def scores(model: GaussianMoE, theta: Tensor, x: Tensor, y: Tensor) -> tuple[Ten
     activated, slope = _with_slope(model.function, z)
     above, tau = _above(model, parts, activated), parts.tau[..., None]
     joint, log_weights, error, precision = _joint(model, parts, above, inputs, y)
-    density = joint.logsumexp(1)
-    share = (joint - density[:, None]).exp()
+    log_share = joint.log_softmax(1)
+    density = joint[:, 0] - log_share[:, 0]
+    share = log_share.exp()
     by_logit = (share - log_weights.exp())[:, :-1]
     by_mean = share * error * precision
     gradients = [
