@@ -10,6 +10,13 @@ from .delta_activation import recorded as recorded
 from .delta_network import DeltaInference as DeltaInference
 from .delta_network import FrameNetwork as FrameNetwork
 from .delta_network import delta_inference as delta_inference
+from .gaussian_moe import GaussianMoE as GaussianMoE
+from .gaussian_moe import dense_to_sparse_gate as dense_to_sparse_gate
+from .moe_distance import hellinger as hellinger
+from .moe_distance import voronoi_loss as voronoi_loss
+from .moe_estimation import MoEFit as MoEFit
+from .moe_estimation import fisher_information as fisher_information
+from .moe_estimation import fit_mle as fit_mle
 from .routing import SparseOTRouter as SparseOTRouter
 from .sparse_transport import SparseOTResult as SparseOTResult
 from .sparse_transport import sparse_ot as sparse_ot

@@ -101,6 +101,7 @@ EXAMPLES: dict[str, tuple[Callable[[], nn.Module], Callable[[int], torch.Tensor]
         lambda n: torch.randn(n, 3, 8),
     ),
     "GRKANLinear": (lambda: neurons.GRKANLinear(8, 6, groups=2), lambda n: torch.randn(n, 8)),
+    "GaussianMoE": (lambda: sparsity.GaussianMoE(4, 3, activation="tanh"), lambda n: torch.randn(n, 4)),
     "GraphNormAct": (
         lambda: neurons.GraphNormAct(4, next(iter(neurons.KNOWN_LAYERS.values())), groups=2),
         lambda n: torch.randn(n, 4, 5, 6),
