@@ -42,6 +42,7 @@ from polylib.kernels.poly_norm import poly_norm, poly_norm_reference
 from polylib.kernels.poly_relu import poly_relu, poly_relu_reference
 from polylib.kernels.quadratic_linear import quadratic_linear, quadratic_linear_reference
 from polylib.kernels.sine_binarize import sine_binarize, sine_binarize_reference
+from polylib.kernels.sparse_down import sparse_down, sparse_down_reference
 from polylib.kernels.stats_quantize import stats_codes, stats_quantize, stats_quantize_reference
 from polylib.kernels.sweep_step import (
     sweep_adam_step,
@@ -95,6 +96,8 @@ __all__ = [
     "raw_range",
     "sine_binarize",
     "sine_binarize_reference",
+    "sparse_down",
+    "sparse_down_reference",
     "stats_codes",
     "stats_quantize",
     "stats_quantize_reference",

@@ -1,5 +1,6 @@
 """Computing only what matters: the methods of the book's part on sparsity."""
 
+from .calibration import expected_calibration_error as expected_calibration_error
 from .delta_activation import Activity as Activity
 from .delta_activation import DeltaActivation as DeltaActivation
 from .delta_activation import SparseActivation as SparseActivation
@@ -11,7 +12,11 @@ from .delta_activation import recorded as recorded
 from .delta_network import DeltaInference as DeltaInference
 from .delta_network import FrameNetwork as FrameNetwork
 from .delta_network import delta_inference as delta_inference
+from .lazy_neuron import activation_sparsity as activation_sparsity
+from .lazy_neuron import firing_rates as firing_rates
 from .routing import SparseOTRouter as SparseOTRouter
 from .sparse_transport import SparseOTResult as SparseOTResult
 from .sparse_transport import sparse_ot as sparse_ot
+from .topk_mlp import TopK as TopK
+from .topk_mlp import TopKMLP as TopKMLP
 from .topk_simplex import topk_simplex_projection as topk_simplex_projection
