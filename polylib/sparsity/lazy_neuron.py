@@ -88,7 +88,9 @@ def _counting(
         fired = output > 0
         seen = torch.ones_like(fired[..., 0], dtype=torch.bool)
         if mask is not None:
-            _checks.shape("mask", mask, f"{tuple(seen.shape)}, that of {name!r} without units", mask.shape == seen.shape)
+            _checks.shape(
+                "mask", mask, f"{tuple(seen.shape)}, that of {name!r} without units", mask.shape == seen.shape
+            )
             seen = mask.to(seen.device).bool()
             fired = fired & seen[..., None]
         own = fired.reshape(-1, fired.shape[-1]).sum(0), seen.sum()

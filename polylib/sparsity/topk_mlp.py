@@ -45,7 +45,7 @@ class TopK(nn.Module):
 
 
 class TopKMLP(nn.Module):
-    r"""The MLP of a Transformer on its k largest hidden units: $W_2\,\text{Top}_k(\sigma(W_1x+b_1))+b_2$, token by token.
+    r"""The MLP of a Transformer on its k largest hidden units: $W_2\,\text{Top}_k(\sigma(W_1x+b_1))+b_2$ of a token x.
 
     With k = m it is the dense MLP. Weights start as those of `nn.Linear`. The second weight, (d, m), lies in memory as
     its transpose, so that what belongs to one hidden unit is contiguous.
