@@ -148,6 +148,8 @@ EXAMPLES: dict[str, tuple[Callable[[], nn.Module], Callable[[int], torch.Tensor]
     "SparseOTRouter": (lambda: sparsity.SparseOTRouter(3, iters=4), lambda n: torch.randn(n, 6, 3)),
     "StatsQuantizer": (lambda: quantization.StatsQuantizer(4), lambda n: torch.randn(n, 6)),
     "ThreeLayerResidualNet": (lambda: neurons.ThreeLayerResidualNet(4, 5, 9), lambda n: torch.randn(n, 4)),
+    "TopK": (lambda: nn.Sequential(nn.Linear(8, 6), sparsity.TopK(4)), lambda n: torch.randn(n, 5, 8)),
+    "TopKMLP": (lambda: sparsity.TopKMLP(8, 16, 12), lambda n: torch.randn(n, 5, 8)),
     "UniformQuantizer": (lambda: quantization.UniformQuantizer(4), lambda n: torch.randn(n, 6)),
 }
 NO_EXAMPLE = {"StackedCall": "calls functions of models, not tensors; tests/lab/test_stack.py has it"}
