@@ -37,6 +37,7 @@ from polylib.kernels.masked_gemm_reduce import (
     pack_mask,
 )
 from polylib.kernels.mkor_refresh import factor_arena, factors_of, mkor_refresh_, mkor_refresh_reference
+from polylib.kernels.monarch_multiply import monarch_multiply, monarch_multiply_reference
 from polylib.kernels.phm_linear import kronecker_weight, phm_linear, phm_linear_reference
 from polylib.kernels.poly_norm import poly_norm, poly_norm_reference
 from polylib.kernels.poly_relu import poly_relu, poly_relu_reference
@@ -81,6 +82,8 @@ __all__ = [
     "masked_gemm_reduce_reference",
     "mkor_refresh_",
     "mkor_refresh_reference",
+    "monarch_multiply",
+    "monarch_multiply_reference",
     "pack_mask",
     "pack_signs",
     "pack_signs_reference",
