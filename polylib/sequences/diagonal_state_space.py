@@ -17,34 +17,9 @@ from polylib import _checks
 from polylib.kernels._common import widened
 from polylib.kernels.vandermonde import vandermonde
 from polylib.sequences.hippo import SPECTRA, s4d_spectrum
+from polylib.sequences.long_convolution import causal_convolution
 
 DECAYS = ("exp", "softplus", "relu")
-
-
-def causal_convolution(u: Tensor, K: Tensor) -> Tensor:
-    """Return y_t = sum over l <= t of K_l u_(t - l), (..., L), by a transform long enough that nothing wraps around.
-
-    Args:
-        u: (..., L), real.
-        K: (..., M), real; its leading dimensions broadcast with those of u.
-
-    Returns:
-        In the dtype of u; computed in at least float32.
-
-    Raises:
-        TypeError: tensors that are not floating.
-        ValueError: an axis of time without entries.
-    """
-    for name, value in (("u", u), ("K", K)):
-        fits = value.dim() > 0 and value.shape[-1] > 0
-        _checks.shape(name, value, "(..., time) with at least one time", fits)
-        _checks.floating(f"dtype of {name}", value.dtype)
-    length = u.shape[-1]
-    if u.numel() == 0:  # an empty batch, which some libraries of transforms refuse
-        return (u * K[..., :1]).to(u.dtype)
-    n = 2 * max(length, K.shape[-1])
-    product = torch.fft.rfft(widened(u), n=n) * torch.fft.rfft(widened(K), n=n)
-    return torch.fft.irfft(product, n=n)[..., :length].to(u.dtype)
 
 
 class S4DKernel(nn.Module):

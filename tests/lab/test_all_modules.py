@@ -56,6 +56,17 @@ class Convolved(nn.Module):
         return sequences.causal_convolution(x, self.inner(x.shape[-1]))
 
 
+class Filtered(nn.Module):
+    """Computed kernels as a module of one input and one output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = sequences.ImplicitFilter(3, 7)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return sequences.causal_convolution(x, self.inner(x.shape[-1]))
+
+
 class Predicted(nn.Module):
     """A hypernetwork as a module of one input and one output."""
 
@@ -82,6 +93,8 @@ EXAMPLES: dict[str, tuple[Callable[[], nn.Module], Callable[[int], torch.Tensor]
     "BiPerConv1d": (lambda: quantization.BiPerConv1d(3, 4, 3, 20.0, padding=1), lambda n: torch.randn(n, 3, 9)),
     "BiPerConv2d": (lambda: quantization.BiPerConv2d(3, 4, 3, 20.0, stage=2), lambda n: torch.randn(n, 3, 6, 7)),
     "BiPerLinear": (lambda: quantization.BiPerLinear(8, 6, 20.0), lambda n: torch.randn(n, 8)),
+    "BlockDiagonalGLU": (lambda: sequences.BlockDiagonalGLU(8, 2), lambda n: torch.randn(n, 5, 8)),
+    "BlockDiagonalLinear": (lambda: sequences.BlockDiagonalLinear(7, 6, 3), lambda n: torch.randn(n, 7)),
     "BinaryQuantizer": (quantization.BinaryQuantizer, lambda n: torch.randn(n, 6)),
     "Block": (
         lambda: transformer.Block(8, transformer.Attention(8, 2, False), feed_forward(), nn.LayerNorm),
@@ -107,9 +120,13 @@ EXAMPLES: dict[str, tuple[Callable[[], nn.Module], Callable[[int], torch.Tensor]
         lambda n: torch.randn(n, 4, 5, 6),
     ),
     "GroupRational": (lambda: neurons.GroupRational(8, groups=2), lambda n: torch.randn(n, 8)),
+    "ImplicitFilter": (Filtered, lambda n: 0.1 * torch.randn(n, 3, 7)),
     "LSQQuantizer": (lambda: quantization.LSQQuantizer(4, axis=-1), lambda n: torch.randn(n, 6)),
     "LinearizedModel": (lambda: regimes.LinearizedModel(nn.Linear(8, 6)), lambda n: torch.randn(n, 8)),
+    "LongConvolution": (lambda: sequences.LongConvolution(4, 7, causal=False), lambda n: torch.randn(n, 7, 4)),
     "MIPHyperNet": (Predicted, lambda n: torch.rand(n, 3)),
+    "MonarchLinear": (lambda: sequences.MonarchLinear(8, 6, 2), lambda n: torch.randn(n, 8)),
+    "MonarchMixer": (lambda: sequences.MonarchMixer(4, 7, causal=True), lambda n: torch.randn(n, 7, 4)),
     "PHConv1d": (lambda: neurons.PHConv1d(4, 6, 3, n=2), lambda n: torch.randn(n, 4, 9)),
     "PHConv2d": (lambda: neurons.PHConv2d(4, 6, 3, n=2), lambda n: torch.randn(n, 4, 7, 6)),
     "PHConv3d": (lambda: neurons.PHConv3d(4, 6, 2, n=2), lambda n: torch.randn(n, 4, 3, 4, 5)),
@@ -136,6 +153,7 @@ EXAMPLES: dict[str, tuple[Callable[[], nn.Module], Callable[[int], torch.Tensor]
         lambda n: torch.randn(n, 3, 8, 8),
     ),
     "SelectableKANLinear": (lambda: neurons.SelectableKANLinear(6, 3), lambda n: uniform(n, 6)),
+    "ShortConvolution": (lambda: sequences.ShortConvolution(4), lambda n: torch.randn(n, 7, 4)),
     "SignalTransformer": (
         lambda: transformer.SignalTransformer(20, 3, feed_forward, width=8, heads=2),
         lambda n: torch.randn(n, 20),
