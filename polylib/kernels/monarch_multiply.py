@@ -288,9 +288,10 @@ def cost(
     """Return the least bytes and flops: x and both factors read, y written; with `backward`, all three gradients.
 
     Backward reads x, the gradient of y and both factors, and writes the gradients of x and of both factors. Its flops
-    are those of all products, the middle formed again in both directions.
+    are those of the middle, which is formed again, and of two products for each factor.
     """
     weights, products = k * q * p + lanes * s * r, 2 * rows * (k * q * p + lanes * s * r)
     if not backward:
         return Cost((rows * (k * p + lanes * s) + weights) * dtype.itemsize, products)
-    return Cost((rows * (2 * k * p + lanes * s) + 2 * weights) * dtype.itemsize, 3 * products)
+    flops = 2 * products + 2 * rows * k * q * p
+    return Cost((rows * (2 * k * p + lanes * s) + 2 * weights) * dtype.itemsize, flops)
