@@ -20,14 +20,13 @@ def voronoi_loss(fitted: GaussianMoE, true: GaussianMoE, theta: Tensor | None = 
     Each fitted expert is one point, its gate's slope, its slope, its intercept and its variance, and goes to the
     nearest true one. With its weight $w_i=e^{\beta_{0i}/\tau}$ (no division where the bias is outside), a cell adds
 
-    $$\Big|\sum_i w_i-w^*\Big|+\sum_iw_iD_i,$$
+    $$\Big|\sum_i w_i-w^*\Big|+\sum_iw_iD_i$$
 
-    $$\begin{gathered}D_i=\lVert\Delta\beta_1\rVert^q+|\Delta\tau|^q+\lVert\Delta a\rVert^q\\
-    +|\Delta b|^r+|\Delta\nu|^{r/2},\end{gathered}$$
-
-    with q = r = 1 and no halving for a cell of one expert. With several q = 2, as their first-order changes can cancel;
-    and, as $\partial^2f/\partial b^2=2\,\partial f/\partial\nu$ for a Gaussian density f, intercepts and variances can
-    cancel further: r = 4 for two and 6 for three (Ho and Nguyen 2016).
+    where $D_i$ is the sum of $\lVert\Delta\beta_1\rVert^q$, $|\Delta\tau|^q$, $\lVert\Delta a\rVert^q$, $|\Delta
+    b|^r$ and $|\Delta\nu|^{r/2}$, with q = r = 1 and no halving for a cell of one expert. With several q = 2, as
+    their first-order changes can cancel; and, as $\partial^2f/\partial b^2=2\,\partial f/\partial\nu$ for a
+    Gaussian density f, intercepts and variances can cancel further: r = 4 for two and 6 for three (Ho and Nguyen
+    2016).
 
     Args:
         fitted: a mixture with at least as many experts as the true one.
