@@ -22,9 +22,10 @@ def voronoi_loss(fitted: GaussianMoE, true: GaussianMoE, theta: Tensor | None = 
 
     $$\Big|\sum_i w_i-w^*\Big|+\sum_iw_iD_i$$
 
-    where $D_i$ is the sum of $\lVert\Delta\beta_1\rVert^q$, $|\Delta\tau|^q$, $\lVert\Delta a\rVert^q$, $|\Delta
-    b|^r$ and $|\Delta\nu|^{r/2}$, with q = r = 1 and no halving for a cell of one expert. With several q = 2, as
-    their first-order changes can cancel; and, as $\partial^2f/\partial b^2=2\,\partial f/\partial\nu$ for a
+    where $D_i$ is the sum of the powers q of $\lVert\Delta\beta_1\rVert$, $\Delta\tau$ and $\lVert\Delta a\rVert$, r
+    of $\Delta b$ and r/2 of $\Delta\nu$, all in absolute value, with q = r = 1 and no halving for a cell of one
+    expert. With several q = 2, as their first-order changes can cancel; and, as
+    $\partial^2f/\partial b^2=2\,\partial f/\partial\nu$ for a
     Gaussian density f, intercepts and variances can cancel further: r = 4 for two and 6 for three (Ho and Nguyen
     2016).
 
