@@ -289,8 +289,7 @@ def delta_relu(
     if q.device != x.device:
         raise ValueError(f"q must be on the device of x, {x.device}, got {q.device}")
     _checks.shape("x", x, "(batch, frames, ...) with at least two frames", x.dim() >= 2 and x.shape[1] >= 2)
-    fits = q.dim() <= x.dim() and all(n in (1, m) for n, m in zip(q.shape[::-1], x.shape[::-1], strict=False))
-    _checks.shape("q", q, f"that is broadcast to {tuple(x.shape)}", fits)
+    check_steps(x, q)
     chosen = choose_backend(backend, x)
     of_frames = q.dim() <= x.dim() - 2 or all(size == 1 for size in q.shape[: q.dim() - x.dim() + 2])
     if backend == "triton" and not of_frames:
@@ -301,6 +300,12 @@ def delta_relu(
         y, total, count = _forward(flat, _steps(q, frame), relu)
         return y.view(x.shape), total, count
     return delta_relu_reference(x, q, relu)
+
+
+def check_steps(x: Tensor, q: Tensor) -> None:
+    """Raise ValueError unless q has a shape that is broadcast to that of x."""
+    fits = q.dim() <= x.dim() and all(n in (1, m) for n, m in zip(q.shape[::-1], x.shape[::-1], strict=False))
+    _checks.shape("q", q, f"that is broadcast to {tuple(x.shape)}", fits)
 
 
 def _steps(q: Tensor, frame: torch.Size) -> Tensor:

@@ -4,6 +4,8 @@ D. Fu, S. Arora, J. Grogan, I. Johnson, S. Eyuboglu, A. Thomas, B. Spector, M. P
 A Simple Sub-Quadratic GEMM-Based Architecture", NeurIPS 2023 (arXiv 2310.12109).
 """
 
+from abc import ABC, abstractmethod
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,7 +14,7 @@ from polylib import _checks
 from polylib.kernels.monarch_multiply import monarch_multiply
 
 
-class _Structured(nn.Module):
+class _Structured(nn.Module, ABC):
     """What the two linear layers share: sizes that need not be multiples of the blocks, and the bias."""
 
     def __init__(self, in_features: int, out_features: int, nblocks: int, bias: bool) -> None:
@@ -28,8 +30,9 @@ class _Structured(nn.Module):
         bound = shape[-1] ** -0.5
         return nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
 
+    @abstractmethod
     def _multiply(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
+        """The product of what fills the blocks, without a bias."""
 
     def _padded(self, x: Tensor) -> Tensor:
         """The product without the bias, (..., in_features) to (..., out_features)."""

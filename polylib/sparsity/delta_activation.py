@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from polylib import _checks
 from polylib.kernels._common import widened
-from polylib.kernels.delta_relu import changes, delta_relu, summed_as
+from polylib.kernels.delta_relu import changes, check_steps, delta_relu, summed_as
 
 FLOOR = 1e-5  # the least step: a threshold may cross zero, a division by it may not
 
@@ -52,7 +52,8 @@ def delta_quantize(a: Tensor, q: Tensor) -> Tensor:
         TypeError: an a that is not floating.
         ValueError: a q of another shape.
     """
-    _check(a, q)
+    _checks.floating("dtype of the values", a.dtype)
+    check_steps(a, q)
     return _Quantize.apply(a, q)
 
 
@@ -203,12 +204,6 @@ def mac_density(layers: Sequence[Activity]) -> Tensor:
     """The share of all products whose activation is not zero, (): those of the layers, weighted by their numbers."""
     weights = [layer.neurons * layer.fan_out for layer in layers]
     return torch.stack([w * layer.density for w, layer in zip(weights, layers, strict=True)]).sum() / sum(weights)
-
-
-def _check(x: Tensor, q: Tensor) -> None:
-    _checks.floating("dtype of the values", x.dtype)
-    fits = q.dim() <= x.dim() and all(n in (1, m) for n, m in zip(q.shape[::-1], x.shape[::-1], strict=False))
-    _checks.shape("q", q, f"that is broadcast to {tuple(x.shape)}", fits)
 
 
 class _Quantize(torch.autograd.Function):
