@@ -9,6 +9,7 @@ Along a direction in which the likelihood is flat all scores are zero, and so is
 method it needs no inverse of a singular matrix, and it does not wander.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -114,10 +115,15 @@ def fit_mle(
     damping = torch.full_like(value, 1e-2)
     iterations = torch.zeros_like(everything)
     unit = torch.eye(len(free), dtype=theta.dtype, device=theta.device)
-    for _ in progress(range(max_iter), "fits"):
-        live = everything[(gradient.abs().amax(1) > tol) & (damping < 1e10)]
-        if not len(live):
-            break
+
+    def unfinished() -> Iterator[Tensor]:  # which ends by itself: a loop that is left would leave its bar behind
+        for _ in range(max_iter):
+            live = everything[(gradient.abs().amax(1) > tol) & (damping < 1e10)]
+            if not len(live):
+                return
+            yield live
+
+    for live in progress(unfinished(), "fits", max_iter):
         iterations[live] += 1
         g, f = gradient[live], fisher[live]
         size = f.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-300)
