@@ -358,9 +358,10 @@ def kernel_attention_rpe(
     query_features: Tensor, key_features: Tensor, value: Tensor, bias: Tensor, causal: bool = False, *,
     backend: str = "auto",
 ) -> Tensor:  # fmt: skip
-    r"""Return attention with weights that are products of features times the exponential of a bias by distance.
+    """Return attention whose weights are products of features times the exponential of a bias by distance.
 
-    $$z_i=\frac{\sum_j(\phi^q_i\cdot\phi^k_j)\,e^{b_{j-i}}v_j}{\sum_j(\phi^q_i\cdot\phi^k_j)\,e^{b_{j-i}}}$$
+    The weight of place j for the query i is the product of their features, times exp(b) with the bias of j - i; the
+    weights of a query are divided by their sum.
 
     Args:
         query_features: (B, H, n, m), usually not negative; any strides, as those of the others.
