@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from polylib.kernels._common import dot, tl, triton
+from polylib.kernels._common import dot, dot_precision, registers, tl, triton
 
 MOST_NUMBERS = 128  # of a place: a tile of places with all of their numbers stays on the chip
 
@@ -40,6 +42,20 @@ def scores(rows, columns, TURNED: tl.constexpr, PRECISION: tl.constexpr):
 def block_of(numbers: int) -> int:
     """Return the width of a tile that holds so many numbers: a power of two that tensor cores can multiply."""
     return max(triton.next_power_of_2(numbers), 16)
+
+
+def attention_tile(value: torch.Tensor, widest: int, causal: bool) -> dict[str, Any]:
+    """Return launch options but for widths: exact float32 products, made without matrix units, have smaller tiles."""
+    exact = value.dtype == torch.float32
+    return {
+        "CAUSAL": causal, "BLOCK_I": 32 if exact else 64, "BLOCK_J": 16 if exact else 32, "EXACT": exact,
+        "PRECISION": dot_precision(), "num_warps": 8 if exact or widest > 64 else 4, "num_stages": 1 if exact else 2,
+    } | registers(255)  # fmt: skip
+
+
+def head_steps(*tensors: torch.Tensor) -> list[int]:
+    """Return, of each tensor in turn, the steps in memory between batch elements, heads and places."""
+    return [step for t in tensors for step in t.stride()[:3]]
 
 
 def by_rows(x: torch.Tensor) -> torch.Tensor:

@@ -14,9 +14,9 @@ earlier blocks (where not causal, of all others): s + L / s scores in place of L
 of a far block are in the same proportions for all queries.
 
 In plain PyTorch the scores of (L, s + N) are written and read several times, and the blocks copied. Here a first kernel
-reads each block once and writes its summaries; a second is flash attention over two lists of keys, those of the blocks
-that its queries lie in and the summaries. Saved are the inputs, the summaries, the result and the logarithm of the sum
-of each softmax.
+reads each block, its keys twice, and writes its summaries; a second is flash attention over two lists of keys, those of
+the blocks that its queries lie in and the summaries. Saved are the inputs, the summaries, the result and the logarithm
+of the sum of each softmax.
 
 The derivative has four steps: gradients by queries; by places as keys; by summaries as keys, which all later queries
 have seen; then through the summaries to the places. A maximum passes its gradient on to those that attain it, in equal
@@ -31,18 +31,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polylib.kernels._attention import MOST_NUMBERS, block_of, by_rows, head_start, load_rows, scores
+from polylib.kernels._attention import (
+    MOST_NUMBERS,
+    attention_tile,
+    block_of,
+    by_rows,
+    head_start,
+    head_steps,
+    load_rows,
+    scores,
+)
 from polylib.kernels._common import (
     autocast,
     check_shape,
     check_tensors,
     choose_backend,
     dot,
-    dot_precision,
     narrow,
     no_double_backward,
     on_device,
-    registers,
     store,
     tl,
     triton,
@@ -74,7 +81,7 @@ def combiner_attention_reference(query: Tensor, key: Tensor, value: Tensor, span
 
 
 # --- the kernels ------------------------------------------------------------------------------------------------------
-# i counts queries, j keys: places first, then summaries. Scores are in units of ln 2: SCALE holds that.
+# i counts queries, j keys: places first, then summaries. Scores are in units of ln 2 = 0.693...: SCALE holds that.
 
 
 @triton.jit
@@ -366,22 +373,10 @@ def _through_kernel(
 
 
 def _tiles(query: Tensor, value: Tensor, causal: bool) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the launch options for attention and for summaries; exact float32 has smaller tiles, without matrix units.
-
-    A tile of a summary has 16 numbers a thread.
-    """
-    d, e = block_of(query.shape[-1]), block_of(value.shape[-1])
-    exact = value.dtype == torch.float32
-    attend = {
-        "CAUSAL": causal, "BLOCK_I": 32 if exact else 64, "BLOCK_J": 16 if exact else 32, "BLOCK_D": d, "BLOCK_E": e,
-        "EXACT": exact, "PRECISION": dot_precision(), "num_warps": 8 if exact or max(d, e) > 64 else 4,
-        "num_stages": 1 if exact else 2,
-    } | registers(255)  # fmt: skip
-    return attend, {"BLOCK": max(2048 // max(d, e), 1), "BLOCK_D": d, "BLOCK_E": e, "num_warps": 4}
-
-
-def _steps(*tensors: Tensor) -> list[int]:
-    return [step for t in tensors for step in t.stride()[:3]]
+    """Return the launch options for attention and for summaries, of which a tile has 16 numbers a thread."""
+    widths = {"BLOCK_D": block_of(query.shape[-1]), "BLOCK_E": block_of(value.shape[-1])}
+    widest = max(widths.values())
+    return attention_tile(value, widest, causal) | widths, {"BLOCK": 2048 // widest, **widths, "num_warps": 4}
 
 
 def _scale(query: Tensor) -> float:
@@ -400,7 +395,7 @@ def _forward(
     key_summary, value_summary = k.new_empty(batch, heads, regions, d), v.new_empty(batch, heads, regions, e)
     within = total.new_empty(batch, heads, regions)
     if out.numel():
-        (attend, summarise), steps, scale = _tiles(q, v, causal), _steps(q, k, v), _scale(q)
+        (attend, summarise), steps, scale = _tiles(q, v, causal), head_steps(q, k, v), _scale(q)
         sizes = (heads, length, span, d, e)
         with on_device(v):
             _summary_kernel[(batch * heads * regions,)](
@@ -440,8 +435,8 @@ def _backward(
     dots = torch.empty_like(total)
     by_keys, by_values = (torch.empty_like(t, dtype=torch.float32) for t in (key_summary, value_summary))
     (attend, summarise), scale = _tiles(q, v, causal), _scale(q)
-    sizes, steps = (heads, length, span, d, e), _steps(q, k, v, grad)
-    far = [*_steps(q, key_summary, value_summary, grad)]
+    sizes, steps = (heads, length, span, d, e), head_steps(q, k, v, grad)
+    far = head_steps(q, key_summary, value_summary, grad)
     pairs, tall = batch * heads, attend["BLOCK_J"]
     with on_device(v):
         _query_kernel[(triton.cdiv(length, attend["BLOCK_I"]) * pairs,)](
@@ -456,7 +451,7 @@ def _backward(
             *far, scale, FAR=True, **attend,
         )  # fmt: skip
         _through_kernel[(regions * pairs,)](
-            q, k, v, within, by_keys, by_values, dq, dk, dv, *sizes, *_steps(q, k, v), scale, **summarise
+            q, k, v, within, by_keys, by_values, dq, dk, dv, *sizes, *head_steps(q, k, v), scale, **summarise
         )
     return dq, dk, dv
 

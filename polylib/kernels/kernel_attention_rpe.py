@@ -33,18 +33,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from polylib.kernels._attention import MOST_NUMBERS, block_of, by_rows, head_start, load_rows, scores
+from polylib.kernels._attention import (
+    MOST_NUMBERS,
+    attention_tile,
+    block_of,
+    by_rows,
+    head_start,
+    head_steps,
+    load_rows,
+    scores,
+)
 from polylib.kernels._common import (
     autocast,
     check_shape,
     check_tensors,
     choose_backend,
     dot,
-    dot_precision,
     narrow,
     no_double_backward,
     on_device,
-    registers,
     store,
     tl,
     triton,
@@ -70,7 +77,7 @@ def kernel_attention_rpe_reference(
         pairs = pairs.masked_fill(lag > 0, -math.inf)
     if len(place):
         pairs = pairs - pairs.detach().amax(-1, keepdim=True)  # a constant of a row, which cancels
-    p = queries @ keys.mT * pairs.exp()
+    p = queries @ keys.mT * pairs.exp().to(queries.dtype)
     if causal:
         p = p.masked_fill(lag > 0, 0.0)  # be it NaN
     return (p @ v / p.sum(-1, keepdim=True)).to(value.dtype)
@@ -237,14 +244,9 @@ def _distance_kernel(
 
 
 def _tile(query_features: Tensor, value: Tensor, causal: bool) -> dict[str, Any]:
-    """Return the launch options; exact float32 products are made without matrix units, in smaller tiles."""
+    """Return the launch options."""
     m, d = block_of(query_features.shape[-1]), block_of(value.shape[-1])
-    exact = value.dtype == torch.float32
-    return {
-        "CAUSAL": causal, "BLOCK_I": 32 if exact else 64, "BLOCK_J": 16 if exact else 32, "BLOCK_M": m, "BLOCK_D": d,
-        "EXACT": exact, "PRECISION": dot_precision(), "num_warps": 8 if exact or max(m, d) > 64 else 4,
-        "num_stages": 1 if exact else 2,
-    } | registers(255)  # fmt: skip
+    return attention_tile(value, max(m, d), causal) | {"BLOCK_M": m, "BLOCK_D": d}
 
 
 def _largest(bias: Tensor, n: int, causal: bool) -> Tensor:
@@ -257,10 +259,6 @@ def _tables(bias: Tensor, n: int, causal: bool) -> tuple[Tensor, Tensor]:
     """Return the bias and the largest that each query meets, float32, as exponents of 2."""
     exponent = (bias.float() / math.log(2)).contiguous()
     return exponent, _largest(exponent, n, causal).contiguous()
-
-
-def _steps(*tensors: Tensor) -> list[int]:
-    return [step for t in tensors for step in t.stride()[:3]]
 
 
 def _diagonals(parts: Tensor, n: int, causal: bool) -> Tensor:
@@ -287,7 +285,18 @@ def _forward(
         tables = _tables(bias, n, causal)
         with on_device(v):
             _forward_kernel[(triton.cdiv(n, tile["BLOCK_I"]) * batch * heads,)](
-                queries, keys, v, *tables, z, total, heads, n, queries.shape[-1], d, *_steps(queries, keys, v), **tile
+                queries,
+                keys,
+                v,
+                *tables,
+                z,
+                total,
+                heads,
+                n,
+                queries.shape[-1],
+                d,
+                *head_steps(queries, keys, v),
+                **tile,
             )
     return z, total
 
@@ -310,14 +319,14 @@ def _backward(
     if not v.numel():
         return dqueries.zero_(), dkeys.zero_(), dv.zero_(), torch.zeros_like(bias)
     dots = torch.empty_like(total)
-    tile, tables, steps = _tile(queries, v, causal), _tables(bias, n, causal), _steps(queries, keys, v, grad)
+    tile, tables, steps = _tile(queries, v, causal), _tables(bias, n, causal), head_steps(queries, keys, v, grad)
     block = tile["BLOCK_J"]
     bands = -(-n // block) if causal else 2 * -(-n // block) - 1
     per_split = triton.cdiv(batch, max(1, min(batch, _PROGRAMS // (heads * bands))))
     splits = triton.cdiv(batch, per_split)
     parts = v.new_empty(splits, heads, bands, block, block, dtype=torch.float32)
-    square = tile | {"BLOCK": block, "num_warps": 8, "num_stages": 1}
-    del square["BLOCK_I"], square["BLOCK_J"]
+    square = {name: option for name, option in tile.items() if name not in ("BLOCK_I", "BLOCK_J")}
+    square |= {"BLOCK": block, "num_warps": 8, "num_stages": 1}
     with on_device(v):
         _query_kernel[(triton.cdiv(n, tile["BLOCK_I"]) * batch * heads,)](
             queries, keys, v, *tables, z, total, grad, dots, dqueries, heads, n, m, d, *steps, **tile
@@ -367,8 +376,9 @@ def kernel_attention_rpe(
         query_features: (B, H, n, m), usually not negative; any strides, as those of the others.
         key_features: (B, H, n, m). A key of zeros is left out.
         value: (B, H, n, d).
-        bias: (H, 2n - 1); the entry j - i + n - 1 is that of a key j places after the query i. A constant that is
-            added to all of it changes nothing.
+        bias: (H, 2n - 1), of any floating-point dtype, which autocast leaves as it is; the entry n - 1 is that of
+            distance 0, and the next that of a key one place behind the query. A constant that is added to all of it
+            changes nothing.
         causal: leave out keys behind the query.
         backend: "auto" runs the Triton kernels for CUDA tensors of float32, bfloat16 or float16 with m and d of at most
             128, and elsewhere, and under `torch.func`, the reference, which forms all pairs; "triton" and "reference"
@@ -380,14 +390,17 @@ def kernel_attention_rpe(
 
     Raises:
         ValueError: sizes or devices that don't fit, an unknown backend, or the kernels asked for more than 128 numbers.
-        TypeError: tensors that are not floating-point or of different dtypes, or one the kernels don't have.
+        TypeError: tensors that are not floating-point, features and values of different dtypes, or of one
+            that the kernels don't have.
         RuntimeError: the "triton" backend was asked for and can't run here.
 
     Source: arXiv 2106.12566.
     """
-    query_features, key_features, value, bias = autocast(query_features, key_features, value, bias)
-    tensors = {"query_features": query_features, "key_features": key_features, "value": value, "bias": bias}
-    check_tensors(tensors)
+    query_features, key_features, value = autocast(query_features, key_features, value)
+    check_tensors({"query_features": query_features, "key_features": key_features, "value": value})
+    check_tensors({"bias": bias})
+    if bias.device != value.device:
+        raise ValueError(f"bias must be on the device of query_features, {value.device}, got {bias.device}")
     if query_features.dim() != 4 or query_features.shape[-1] == 0:
         raise ValueError(f"query_features must have shape (B, H, n, m), m >= 1, got {tuple(query_features.shape)}")
     batch, heads, n, m = query_features.shape

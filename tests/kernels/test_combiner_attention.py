@@ -13,7 +13,7 @@ from polylib.kernels import combiner_attention
 BACKENDS = pytest.mark.parametrize("backend", ["triton", "reference"])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 CAUSAL = pytest.mark.parametrize("causal", [False, True])
-ROUNDING = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 4e-2}
+ROUNDING = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 # B, H, L, d, e, span: one place; blocks shorter than a tile and longer, across borders of tiles; many of both.
 SIZES = [(1, 1, 1, 1, 1, 1), (2, 2, 6, 2, 3, 2), (1, 1, 35, 17, 20, 5), (1, 1, 72, 5, 7, 24)]
 
