@@ -11,6 +11,10 @@ from .implicit_filter import ImplicitFilter as ImplicitFilter
 from .implicit_filter import LongConvolution as LongConvolution
 from .long_convolution import causal_convolution as causal_convolution
 from .long_convolution import two_sided_convolution as two_sided_convolution
+from .metric_learner import Deductive as Deductive
+from .metric_learner import MetricLearner as MetricLearner
+from .metric_learner import SwiGLU as SwiGLU
+from .metric_learner import dag_regularizer as dag_regularizer
 from .monarch import BlockDiagonalLinear as BlockDiagonalLinear
 from .monarch import MonarchLinear as MonarchLinear
 from .monarch_factors import dft_factors as dft_factors
@@ -21,3 +25,9 @@ from .monarch_mixer import BlockDiagonalGLU as BlockDiagonalGLU
 from .monarch_mixer import MonarchMixer as MonarchMixer
 from .monarch_mixer import ShortConvolution as ShortConvolution
 from .monarch_mixer import monarch_mixer_groups as monarch_mixer_groups
+from .pldr_decoder import PLDRBlock as PLDRBlock
+from .pldr_decoder import PLDRDecoder as PLDRDecoder
+from .power_law_attention import KVCache as KVCache
+from .power_law_attention import PowerLawGraphAttention as PowerLawGraphAttention
+from .power_law_attention import bilinear_attention as bilinear_attention
+from .rotary import rotate_by_position as rotate_by_position
