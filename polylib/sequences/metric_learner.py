@@ -82,15 +82,14 @@ class MetricLearner(nn.Module):
     def __init__(self, n_heads: int, d_head: int, n_res_units: int, n_dense: int, d_metric: int) -> None:
         super().__init__()
         heads, d = _checks.integer("n_heads", n_heads, least=1), _checks.integer("d_head", d_head, least=1)
-        units, dense = _checks.integer("n_res_units", n_res_units, least=0), _checks.integer("n_dense", n_dense, least=0)
+        units, dense = (
+            _checks.integer("n_res_units", n_res_units, least=0),
+            _checks.integer("n_dense", n_dense, least=0),
+        )
         self.norm = nn.LayerNorm(d, eps=1e-6)
-        self.units = nn.ModuleList(
-            nn.Sequential(*(SwiGLU(d, d_metric, d) for _ in range(dense))) for _ in range(units)
-        )
+        self.units = nn.ModuleList(nn.Sequential(*(SwiGLU(d, d_metric, d) for _ in range(dense))) for _ in range(units))
         self.norms = nn.ModuleList(nn.LayerNorm(d, eps=1e-6) for _ in range(units))
-        self.W, self.p, self.a = (
-            nn.Parameter(nn.init.xavier_normal_(torch.empty(heads, d, d))) for _ in range(3)
-        )
+        self.W, self.p, self.a = (nn.Parameter(nn.init.xavier_normal_(torch.empty(heads, d, d))) for _ in range(3))
         self.b, self.b_a = (nn.Parameter(torch.zeros(heads, d, d)) for _ in range(2))
 
     def forward(self, q: Tensor) -> Deductive:
