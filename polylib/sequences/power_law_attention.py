@@ -15,7 +15,7 @@ from polylib.sequences.rotary import rotate_by_position
 
 
 class KVCache(NamedTuple):
-    """What later tokens need of earlier ones: keys and values, each `(batch, heads, n, d)`, and the A of the first call.
+    """What later tokens need: keys and values of earlier ones, `(batch, heads, n, d)`, and the A of the first call.
 
     `A`, `(batch, heads, d, d)`, is not updated by later tokens. It is None where the first call had a given G.
     """
