@@ -114,6 +114,7 @@ EXAMPLES: dict[str, tuple[Callable[[], nn.Module], Callable[[int], torch.Tensor]
         lambda n: torch.randn(n, 3, 8),
     ),
     "GRKANLinear": (lambda: neurons.GRKANLinear(8, 6, groups=2), lambda n: torch.randn(n, 8)),
+    "GPTLayer": (lambda: sequences.GPTLayer(8, 2), lambda n: torch.randn(n, 7, 8)),
     "GaussianMoE": (lambda: sparsity.GaussianMoE(4, 3, activation="tanh"), lambda n: torch.randn(n, 4)),
     "GraphNormAct": (
         lambda: neurons.GraphNormAct(4, next(iter(neurons.KNOWN_LAYERS.values())), groups=2),
@@ -166,6 +167,10 @@ EXAMPLES: dict[str, tuple[Callable[[], nn.Module], Callable[[int], torch.Tensor]
     "SparseOTRouter": (lambda: sparsity.SparseOTRouter(3, iters=4), lambda n: torch.randn(n, 6, 3)),
     "StatsQuantizer": (lambda: quantization.StatsQuantizer(4), lambda n: torch.randn(n, 6)),
     "ThreeLayerResidualNet": (lambda: neurons.ThreeLayerResidualNet(4, 5, 9), lambda n: torch.randn(n, 4)),
+    "TokenwiseOffload": (
+        lambda: sequences.TokenwiseOffload(sequences.GPTLayer(8, 2), 0.5),
+        lambda n: torch.randn(n, 7, 8),
+    ),
     "TopK": (lambda: nn.Sequential(nn.Linear(8, 6), sparsity.TopK(4)), lambda n: torch.randn(n, 5, 8)),
     "TopKMLP": (lambda: sparsity.TopKMLP(8, 16, 12), lambda n: torch.randn(n, 5, 8)),
     "UniformQuantizer": (lambda: quantization.UniformQuantizer(4), lambda n: torch.randn(n, 6)),
