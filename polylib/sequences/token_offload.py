@@ -22,7 +22,8 @@ class TokenwiseOffload(nn.Module):
     may differ in the rounding of a matrix product; with a fraction of 0 or 1 not even in that.
 
     Copies run in the order of the layer's own work: they free memory, but nothing hides them. Parameters and buffers
-    must not change between forward and backward. Under `torch.no_grad()` nothing is kept, as usual.
+    must not change between forward and backward. Under `torch.no_grad()` nothing is kept, as usual; `torch.compile`
+    leaves the layer as it is, and compiles what is around it.
 
     Args:
         layer: of the kind that `TokenwiseLayer` describes, such as `GPTLayer`; input `(batch, tokens, width)`.
@@ -56,7 +57,10 @@ class TokenwiseOffload(nn.Module):
             raise ValueError(f"x must have shape (batch, tokens, width), got {tuple(x.shape)}")
         if not torch.is_grad_enabled() or x.is_meta or x.numel() == 0:
             return layer.after(x, layer.attend(*layer.before(x)))
-        x = alone(x)
+        return self._swapped(layer, alone(x))
+
+    @torch.compiler.disable
+    def _swapped(self, layer: Any, x: Tensor) -> Tensor:
         kept = KeptRows(layer, x, round(self.fraction * x.shape[1]), torch.device(self.host), self.pin_memory)
         with kept.saving("before"):
             inputs = layer.before(x)

@@ -173,6 +173,15 @@ def test_without_gradients_nothing_is_kept():
     assert module[0].host_bytes == 0
 
 
+def test_compiled_in_parts():
+    x = inputs()
+    module = network(fraction=0.4)
+    compiled = torch.compile(module, backend="eager")
+    for found, own in zip(gradients(compiled, x), gradients(network(), x), strict=True):
+        torch.testing.assert_close(found, own, rtol=1e-10, atol=1e-12)
+    assert module[0].host_bytes > 0
+
+
 class Own(nn.Module):
     """Another layer of this kind, without a norm or a feed-forward part."""
 
