@@ -186,7 +186,10 @@ NOT_HERE = {
     ("LinearizedModel", "export"): "torch.export fixes the sizes of what torch.func.jvp differentiates",
     ("ScaledConvNet", "empty"): "torch's batch norm counts an empty batch as a batch",
     ("SparseOTRouter", "empty"): "it has no parameters to go backward to; tests/sparsity/test_routing.py has it",
-    ("TokenwiseOffload", "compile"): "hooks break the graph; compiled in parts in tests/sequences/test_token_offload.py",
+    (
+        "TokenwiseOffload",
+        "compile",
+    ): "hooks break the graph; tests/sequences/test_token_offload.py has it",
     ("TokenwiseOffload", "stack"): "under torch.vmap tensors have no storage that could be swapped",
     ("PrunedKANLinear", "meta"): "which parameters it has depends on the values of the layer that was pruned",
 }
