@@ -25,11 +25,13 @@ from polylib.kernels.binary_linear import (
     pack_signs_reference,
     unpack_signs,
 )
+from polylib.kernels.combiner_attention import combiner_attention, combiner_attention_reference
 from polylib.kernels.delta_relu import delta_relu, delta_relu_reference
 from polylib.kernels.evonorm_s0 import evonorm_s0, evonorm_s0_reference
 from polylib.kernels.fake_quantize import code_range, fake_quantize, fake_quantize_reference
 from polylib.kernels.fixed_point import fixed_point, fixed_point_codes, fixed_point_reference, raw_range
 from polylib.kernels.group_rational import group_rational, group_rational_reference
+from polylib.kernels.kernel_attention_rpe import kernel_attention_rpe, kernel_attention_rpe_reference
 from polylib.kernels.masked_gemm_reduce import (
     masked_gemm_adjoint,
     masked_gemm_adjoint_reference,
@@ -65,6 +67,8 @@ __all__ = [
     "binary_linear",
     "binary_linear_reference",
     "code_range",
+    "combiner_attention",
+    "combiner_attention_reference",
     "delta_relu",
     "delta_relu_reference",
     "evonorm_s0",
@@ -79,6 +83,8 @@ __all__ = [
     "fixed_point_reference",
     "group_rational",
     "group_rational_reference",
+    "kernel_attention_rpe",
+    "kernel_attention_rpe_reference",
     "kronecker_weight",
     "masked_gemm_adjoint",
     "masked_gemm_adjoint_reference",
