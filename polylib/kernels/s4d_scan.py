@@ -229,17 +229,17 @@ def _backward(
     turned = (square.mT.contiguous(), out.mT.contiguous(), into.mT.contiguous(), back)
     _, states = _scan(u, (square, into, out, factor), False, True, False)
     du, of_states = _scan(grad, turned, True, True, True)
-    chunks = triton.cdiv(length, T)
+    chunks, tall = triton.cdiv(length, T), _ROWS if u.dtype == torch.float32 else 2 * _ROWS
     rows = batch * chunks
     # Only the shape decides how the sum is split: its order is the same on every device.
-    splits = max(1, min(triton.cdiv(rows, _ROWS), 512 // heads))
-    part = triton.cdiv(triton.cdiv(rows, _ROWS), splits) * _ROWS
+    splits = max(1, min(triton.cdiv(rows, tall), 512 // heads))
+    part = triton.cdiv(triton.cdiv(rows, tall), splits) * tall
     splits = triton.cdiv(rows, part)
     sums = [t.new_empty(splits, *t.shape) for t in (square, into, out.mT, factor)]
     with on_device(u):
         _sum_kernel[(heads, splits)](
             u, grad, states, of_states, *sums, heads, length, chunks, rows, part,
-            PRECISION=_precision(u.dtype), ROWS=_ROWS, T=T, WAVES=waves, num_warps=8, num_stages=1, **registers(255),
+            PRECISION=_precision(u.dtype), ROWS=tall, T=T, WAVES=waves, num_warps=8, num_stages=1, **registers(255),
         )  # fmt: skip
     by_square, by_into, by_out, by_factor = (t.sum(0) for t in sums)
     return du, by_square, by_into, by_out.mT.contiguous(), by_factor
