@@ -18,6 +18,7 @@ from polylib.kernels._common import widened
 from polylib.kernels.s4d_scan import s4d_scan
 from polylib.kernels.vandermonde import vandermonde
 from polylib.sequences.hippo import SPECTRA, s4d_spectrum
+from polylib.sequences.long_convolution import causal_convolution
 
 DECAYS = ("exp", "softplus", "relu")
 
@@ -173,7 +174,9 @@ class S4D(nn.Module):
         """
         fits = u.dim() == 3 and u.shape[1] > 0 and u.shape[2] == len(self.D)
         _checks.shape("u", u, f"(batch, L, {len(self.D)}) with L of at least 1", fits)
-        return self._out(s4d_scan(u.mT, *self.kernel.waves()).mT, u)
+        if u.is_cuda and isinstance(self.kernel, S4DKernel):  # another module may have been put in its place
+            return self._out(s4d_scan(u.mT, *self.kernel.waves()).mT, u)
+        return self._out(causal_convolution(u.mT, self.kernel(u.shape[1])).mT, u)
 
     def recur(self, u: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The same by the recurrence, from `state` or from zeros: the outputs and the last state (B, H, N / 2)."""

@@ -57,10 +57,8 @@ def is_narrow(op, record):
         small |= {"table", "vectors", "y", "dots", "before_max", "largest"}
     if op == "vandermonde":  # pairs of numbers, of each wave one
         small |= {"v", "x", "by_v", "by_x"}
-    if op == "s4d_scan":  # of each wave one
-        small |= {"factor", "by_factor"}
-        if record["kernel"] == "sum_kernel":  # two to eight numbers a thread; a warp reads whole lines all the same
-            small |= {"u", "grad", "states", "back"}
+    if op == "s4d_scan":  # numbers of a wave; and tiles of few rows, of which a warp reads and writes whole lines
+        small |= {"factor", "by_factor", "u", "grad", "y", "states", "back"}
     if op == "topk_simplex":  # a number for each row
         small |= {"mass", "by_mass"}
     if op == "sparse_down":  # numbers of a token and of its units, of which each stands for a row
