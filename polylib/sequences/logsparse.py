@@ -44,9 +44,11 @@ def combiner_logsparse_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     logits, summaries = [(q * k).sum(-1, keepdim=True)], []
     for size in sizes:
         (q_region, q_later), (k_region, _), (v_region, _) = (_pairs(x, size) for x in (q, k, v))
-        within = (q_region.amax(-2, keepdim=True) @ k_region.mT).softmax(-1)
-        summaries.append(within @ v_region)  # (..., pairs, 1, dv)
-        logits.append(_placed(q_later @ k_region.amax(-2).unsqueeze(-1), L, -torch.inf))
+        # Sums of products: a CPU takes them faster than the many matrix products with one row, which they are.
+        within = (q_region.amax(-2, keepdim=True) * k_region).sum(-1, keepdim=True).softmax(-2)
+        summaries.append((within * v_region).sum(-2, keepdim=True))  # (..., pairs, 1, dv)
+        score = (q_later * k_region.amax(-2, keepdim=True)).sum(-1, keepdim=True)
+        logits.append(_placed(score, L, -torch.inf))
     weights = torch.cat(logits, -1).softmax(-1).split(1, -1)
     result = weights[0] * v
     for size, weight, summary in zip(sizes, weights[1:], summaries, strict=True):
