@@ -27,20 +27,20 @@ from polylib.kernels._common import check_tensors, choose_backend, widened
 def combiner_attention_reference(query: Tensor, key: Tensor, value: Tensor, span: int, causal: bool = True) -> Tensor:
     """Return (..., L, dv) in plain PyTorch; L is a multiple of span. Half precisions are computed in float32."""
     blocks = query.shape[-2] // span
-    scaled = widened(query) / query.shape[-1] ** 0.5
-    q, k, v = (x.unflatten(-2, (blocks, span)) for x in (scaled, widened(key), widened(value)))
-    within = (q.amax(-2, keepdim=True) @ k.mT).softmax(-1)  # (..., blocks, 1, span)
-    summary_key, summary = k.amax(-2), (within @ v).squeeze(-2)  # (..., blocks, d) and (..., blocks, dv)
+    query, key, value, dtype = widened(query) / query.shape[-1] ** 0.5, widened(key), widened(value), value.dtype
+    q, k, v = (x.unflatten(-2, (blocks, span)) for x in (query, key, value))
+    within = (q.amax(-2, keepdim=True) * k).sum(-1, keepdim=True).softmax(-2)  # (..., blocks, span, 1)
+    summary_key, summary = k.amax(-2), (within * v).sum(-2)  # (..., blocks, d) and (..., blocks, dv)
     own = q @ k.mT  # (..., blocks, span, span)
-    far = q @ summary_key.mT.unsqueeze(-3)  # (..., blocks, span, blocks)
-    hidden = torch.full((blocks, blocks), -torch.inf, dtype=far.dtype, device=far.device)
+    far = (query @ summary_key.mT).unflatten(-2, (blocks, span))  # (..., blocks, span, blocks)
+    block = torch.arange(blocks, device=query.device)
+    hidden = block >= block[:, None] if causal else block == block[:, None]
+    far = far.masked_fill(hidden[:, None], -torch.inf)
     if causal:
-        own = own + torch.full((span, span), -torch.inf, dtype=own.dtype, device=own.device).triu(1)
-        far = far + hidden.triu()[:, None]
-    else:
-        far = far.masked_fill(torch.eye(blocks, dtype=torch.bool, device=far.device)[:, None], -torch.inf)
+        token = torch.arange(span, device=query.device)
+        own = own.masked_fill(token > token[:, None], -torch.inf)
     near_weights, far_weights = torch.cat([own, far], -1).softmax(-1).split([span, blocks], -1)
-    return (near_weights @ v + far_weights @ summary.unsqueeze(-3)).flatten(-3, -2).to(value.dtype)
+    return ((near_weights @ v).flatten(-3, -2) + far_weights.flatten(-3, -2) @ summary).to(dtype)
 
 
 # --- the public function ----------------------------------------------------------------------------------------------
