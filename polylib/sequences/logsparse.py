@@ -42,10 +42,8 @@ def combiner_logsparse_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v = widened(q) / q.shape[-1] ** 0.5, widened(k), widened(v)
     sizes = [1 << level for level in range(max(L - 1, 0).bit_length())]
     logits, summaries = [(q * k).sum(-1, keepdim=True)], []
-    together, parts = torch.cat([q, k, v], -1), [q.shape[-1], k.shape[-1], v.shape[-1]]
     for size in sizes:
-        first, second = _pairs(together, size)
-        (q_region, k_region, v_region), q_later = first.split(parts, -1), second[..., : parts[0]]
+        (q_region, q_later), (k_region, _), (v_region, _) = (_pairs(x, size) for x in (q, k, v))
         # Sums of products: a CPU takes them faster than the many matrix products with one row, which they are.
         within = (q_region.amax(-2, keepdim=True) * k_region).sum(-1, keepdim=True).softmax(-2)
         summaries.append((within * v_region).sum(-2, keepdim=True))  # (..., pairs, 1, dv)
@@ -70,5 +68,5 @@ def _pairs(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 def _placed(second: Tensor, L: int, filled: float) -> Tensor:
     """What belongs to the second blocks of pairs, (..., pairs, size, d), at their tokens, (..., L, d)."""
-    x = torch.stack([torch.full_like(second, filled), second], -3).flatten(-4, -2)
+    x = F.pad(second.unsqueeze(-3), (0, 0, 0, 0, 1, 0), value=filled).flatten(-4, -2)
     return F.pad(x, (0, 0, 0, L - x.shape[-2]), value=filled) if x.shape[-2] < L else x[..., :L, :]
