@@ -16,6 +16,7 @@ from .hippo import hippo_legs as hippo_legs
 from .hippo import s4d_spectrum as s4d_spectrum
 from .implicit_filter import ImplicitFilter as ImplicitFilter
 from .implicit_filter import LongConvolution as LongConvolution
+from .logsparse import combiner_logsparse_attention as combiner_logsparse_attention
 from .long_convolution import causal_convolution as causal_convolution
 from .long_convolution import two_sided_convolution as two_sided_convolution
 from .memory_requests import Requests as Requests
@@ -31,6 +32,10 @@ from .monarch_mixer import MonarchMixer as MonarchMixer
 from .monarch_mixer import ShortConvolution as ShortConvolution
 from .monarch_mixer import monarch_mixer_groups as monarch_mixer_groups
 from .offset_allocation import solve_offset_allocation as solve_offset_allocation
+from .sparse_patterns import SparseSelfAttention as SparseSelfAttention
+from .sparse_patterns import sparse_attention_mask as sparse_attention_mask
+from .structured_attention import CombinerSelfAttention as CombinerSelfAttention
+from .structured_attention import combiner_weights as combiner_weights
 from .swap_schedule import LayerTime as LayerTime
 from .swap_schedule import SwapTimeline as SwapTimeline
 from .swap_schedule import fit_layer_time as fit_layer_time

@@ -100,6 +100,7 @@ EXAMPLES: dict[str, tuple[Callable[[], nn.Module], Callable[[int], torch.Tensor]
         lambda: transformer.Block(8, transformer.Attention(8, 2, False), feed_forward(), nn.LayerNorm),
         lambda n: torch.randn(n, 5, 8),
     ),
+    "CombinerSelfAttention": (lambda: sequences.CombinerSelfAttention(8, 2), lambda n: torch.randn(n, 7, 8)),
     "Decoder": (lambda: transformer.Decoder(11, 7, feed_forward, width=8, heads=2), lambda n: tokens(n, 7)),
     "DeltaActivation": (
         lambda: sparsity.DeltaActivation(4, 1, threshold=0.02, bias=True),
@@ -164,6 +165,10 @@ EXAMPLES: dict[str, tuple[Callable[[], nn.Module], Callable[[int], torch.Tensor]
         lambda n: torch.randn(n, 3, 4),
     ),
     "SqueezeExcite": (lambda: optimization.SqueezeExcite(6, 2), lambda n: torch.randn(n, 6, 4, 5)),
+    "SparseSelfAttention": (
+        lambda: sequences.SparseSelfAttention(8, 2, "fixed", 3),
+        lambda n: torch.randn(n, 7, 8),
+    ),
     "SparseOTRouter": (lambda: sparsity.SparseOTRouter(3, iters=4), lambda n: torch.randn(n, 6, 3)),
     "StatsQuantizer": (lambda: quantization.StatsQuantizer(4), lambda n: torch.randn(n, 6)),
     "ThreeLayerResidualNet": (lambda: neurons.ThreeLayerResidualNet(4, 5, 9), lambda n: torch.randn(n, 4)),
