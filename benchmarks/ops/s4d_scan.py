@@ -11,13 +11,12 @@ from benchmarks.launch import Launch, formula
 from benchmarks.ops.vandermonde import waves
 from polylib.kernels.s4d_scan import cost, s4d_scan, s4d_scan_reference
 from polylib.kernels.vandermonde import vandermonde
+from polylib.sequences.long_convolution import causal_convolution
 
 
 def by_transforms(u: Tensor, v: Tensor, x: Tensor) -> Tensor:
-    """The kernels by our other op, and torch's Fourier transforms, which have no bfloat16."""
-    L = u.shape[-1]
-    product = torch.fft.rfft(u.float(), n=2 * L) * torch.fft.rfft(vandermonde(v, x, L), n=2 * L)
-    return torch.fft.irfft(product, n=2 * L)[..., :L].to(u.dtype)
+    """The kernels by our other op, and torch's Fourier transforms."""
+    return causal_convolution(u, vandermonde(v, x, u.shape[-1]))
 
 
 def cases(device: torch.device, quick: bool) -> Iterator[tuple]:

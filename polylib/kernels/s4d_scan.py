@@ -46,7 +46,7 @@ from polylib.kernels._common import (
     widened,
 )
 from polylib.kernels._cost import Cost
-from polylib.kernels.vandermonde import vandermonde, vandermonde_reference
+from polylib.kernels.vandermonde import check_waves, vandermonde, vandermonde_reference
 
 # --- the definition ---------------------------------------------------------------------------------------------------
 
@@ -89,7 +89,7 @@ MOST_WAVES, _ROWS = 64, 16  # rows of a tile: of the batch, or chunks
 
 
 @triton.jit
-def _square(matrix, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _whole(matrix, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Load a whole matrix, (ROWS, COLUMNS)."""
     return tl.load(matrix + tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :])
 
@@ -122,14 +122,14 @@ def _scan_kernel(
             tl.store(place + WAVES, s_im, mask=here)
         if OUTPUT:
             total = tl.zeros((ROWS, T), tl.float32)
-            total = tl.dot(now, _square(square, T, T), total, input_precision=PRECISION)
-            total = tl.dot(s_re, _square(out, WAVES, T), total, input_precision=PRECISION)
-            total = tl.dot(s_im, _square(out + WAVES * T, WAVES, T), total, input_precision=PRECISION)
+            total = tl.dot(now, _whole(square, T, T), total, input_precision=PRECISION)
+            total = tl.dot(s_re, _whole(out, WAVES, T), total, input_precision=PRECISION)
+            total = tl.dot(s_im, _whole(out + WAVES * T, WAVES, T), total, input_precision=PRECISION)
             store(y + at, total, ok)
         kept_re = s_re * f_re - s_im * f_im
         kept_im = s_re * f_im + s_im * f_re
-        s_re = tl.dot(now, _square(into, T, WAVES), kept_re, input_precision=PRECISION)
-        s_im = tl.dot(now, _square(into + T * WAVES, T, WAVES), kept_im, input_precision=PRECISION)
+        s_re = tl.dot(now, _whole(into, T, WAVES), kept_re, input_precision=PRECISION)
+        s_im = tl.dot(now, _whole(into + T * WAVES, T, WAVES), kept_im, input_precision=PRECISION)
     # excerpt: end
 
 
@@ -289,20 +289,14 @@ def s4d_scan(u: Tensor, v: Tensor, x: Tensor, *, backend: str = "auto") -> Tenso
 
     Source: Gu and others, arXiv 2206.11893.
     """
-    for name, tensor in (("u", u), ("v", v), ("x", x)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if not isinstance(u, Tensor):
+        raise TypeError(f"u must be a torch.Tensor, got {type(u).__name__}")
     _checks.floating("dtype of u", u.dtype)
     _checks.shape("u", u, "(B, H, L) with L of at least 1", u.dim() == 3 and u.shape[-1] > 0)
-    for name, tensor in (("v", v), ("x", x)):
-        if tensor.dtype not in (torch.complex64, torch.complex128):
-            raise TypeError(f"{name} must have dtype torch.complex64 or torch.complex128, got {tensor.dtype}")
-        if tensor.device != u.device:
-            raise ValueError(f"{name} must be on the device of u, {u.device}, got {tensor.device}")
+    check_waves(v, x)
     _checks.shape("v", v, f"(H, N) with H = {u.shape[1]}", v.dim() == 2 and v.shape[0] == u.shape[1])
-    _checks.shape("x", x, f"that of v, {tuple(v.shape)}", x.shape == v.shape)
-    if x.dtype != v.dtype:
-        raise TypeError(f"x must have the dtype of v, {v.dtype}, got {x.dtype}")
+    if v.device != u.device:
+        raise ValueError(f"v must be on the device of u, {u.device}, got {v.device}")
     chosen = choose_backend(backend, u)
     fits = v.shape[1] <= MOST_WAVES and v.dtype == torch.complex64
     if backend == "triton" and not fits:
