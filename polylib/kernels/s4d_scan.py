@@ -188,8 +188,10 @@ def _precision(dtype: torch.dtype) -> str:
     return exact if dtype == torch.float32 else "tf32"
 
 
-def _scan(u: Tensor, matrices: tuple[Tensor, ...], output: bool, states: bool, reverse: bool) -> tuple[Tensor, Tensor]:
-    """Run along (B, H, L): what comes out, and the states before each chunk, of those asked for."""
+def _scan(
+    u: Tensor, matrices: tuple[Tensor, ...], *, output: bool = True, states: bool = False, reverse: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Run along (B, H, L): what comes out, and the states before each chunk; what is not asked for is empty."""
     (batch, heads, length), (T, waves) = u.shape, matrices[1].shape[-2:]
     chunks = triton.cdiv(length, T)
     y = torch.empty_like(u) if output else u.new_empty(0)
@@ -208,7 +210,7 @@ def _scan(u: Tensor, matrices: tuple[Tensor, ...], output: bool, states: bool, r
 def _forward(u: Tensor, square: Tensor, into: Tensor, out: Tensor, factor: Tensor) -> Tensor:
     """Return y (B, H, L); the matrices as `_chunk_matrices` makes them."""
     u = u.contiguous()
-    return _scan(u, (square, into, out, factor), True, False, False)[0] if u.numel() else torch.empty_like(u)
+    return _scan(u, (square, into, out, factor))[0] if u.numel() else torch.empty_like(u)
 
 
 @_forward.register_fake
@@ -227,8 +229,8 @@ def _backward(
         return torch.empty_like(u), *(torch.zeros_like(t) for t in (square, into, out, factor))  # type: ignore[return-value]
     back = factor * factor.new_tensor([1.0, -1.0])[:, None]
     turned = (square.mT.contiguous(), out.mT.contiguous(), into.mT.contiguous(), back)
-    _, states = _scan(u, (square, into, out, factor), False, True, False)
-    du, of_states = _scan(grad, turned, True, True, True)
+    _, states = _scan(u, (square, into, out, factor), output=False, states=True)
+    du, of_states = _scan(grad, turned, states=True, reverse=True)
     chunks, tall = triton.cdiv(length, T), _ROWS if u.dtype == torch.float32 else 2 * _ROWS
     rows = batch * chunks
     # Only the shape decides how the sum is split: its order is the same on every device.

@@ -144,4 +144,4 @@ def swap_timeline(n_layers: int, forward_time: float, backward_time: float, copy
         now = ends[i] = start + backward
         compute.append((start, now))
     streams = [torch.tensor(own, dtype=torch.float64).reshape(-1, 2) for own in (compute, offload, prefetch)]
-    return SwapTimeline(streams[0], streams[1], streams[2], now, now - n * (forward + backward))
+    return SwapTimeline(streams[0], streams[1], streams[2], now, max(now - n * (forward + backward), 0.0))

@@ -84,6 +84,12 @@ def test_nothing_waits_exactly_if_a_copy_takes_no_longer_than_a_layer():
         assert swap_timeline(n, 1.0, 2.0, 1.1).stall == pytest.approx(0.1 * (n - 2))
 
 
+def test_rounding_makes_no_negative_wait():
+    """Seen in the figure of the chapter, which said -0 %."""
+    stalls = [swap_timeline(32, 0.1 * k, 0.23 * k, 0.01 * k).stall for k in range(1, 60)]
+    assert min(stalls) >= 0 and max(stalls) < 1e-9
+
+
 def test_fitted_times():
     width, lengths = 64, [128, 512, 2048, 8192]
     rates = 3e10, 5e9
