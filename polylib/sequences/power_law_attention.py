@@ -43,7 +43,9 @@ def bilinear_attention(q: Tensor, k: Tensor, v: Tensor, G: Tensor, causal: bool 
     _checks.shape("k", k, f"({batch}, {heads}, m, {d}), as q{', m at least n' if causal else ''}", fits)
     _checks.shape("v", v, f"{tuple(k.shape)}, as k", v.shape == k.shape)
     square = (heads, d, d)
-    _checks.shape("G", G, f"{square} or {(batch, *square)}", G.shape in (square, (batch, *square)))
+    own = G.dim() == 4 and G.shape[0] == batch  # lengths first: tuples of other lengths are compared entry by entry
+    fits = G.shape[-3:] == square and (G.dim() == 3 or own)
+    _checks.shape("G", G, f"{square} or {(batch, *square)}", fits)
     # Written out: the fused function of torch has no rule for vmap.
     scores = q @ G @ k.transpose(-2, -1) / d**0.5
     if causal:
