@@ -9,6 +9,8 @@ from .hippo import hippo_legs as hippo_legs
 from .hippo import s4d_spectrum as s4d_spectrum
 from .implicit_filter import ImplicitFilter as ImplicitFilter
 from .implicit_filter import LongConvolution as LongConvolution
+from .kernelized_attention import KernelizedSelfAttention as KernelizedSelfAttention
+from .kernelized_attention import kernelized_attention_rpe as kernelized_attention_rpe
 from .long_convolution import causal_convolution as causal_convolution
 from .long_convolution import two_sided_convolution as two_sided_convolution
 from .monarch import BlockDiagonalLinear as BlockDiagonalLinear
@@ -21,3 +23,6 @@ from .monarch_mixer import BlockDiagonalGLU as BlockDiagonalGLU
 from .monarch_mixer import MonarchMixer as MonarchMixer
 from .monarch_mixer import ShortConvolution as ShortConvolution
 from .monarch_mixer import monarch_mixer_groups as monarch_mixer_groups
+from .random_features import orthogonal_projections as orthogonal_projections
+from .random_features import positive_random_features as positive_random_features
+from .toeplitz import toeplitz_matmul as toeplitz_matmul
