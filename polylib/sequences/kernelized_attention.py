@@ -31,6 +31,7 @@ def kernelized_attention_rpe(
     method: Literal["auto", "fft", "dense", "kernel"] = "auto",
     *,
     normalize: bool = True,
+    epsilon: float = 0.0,
 ) -> Tensor:
     """Return z_i = sum_j exp(b_(j - i)) (phi(q_i) . phi(k_j)) v_j, divided by the same sum without v_j.
 
@@ -43,6 +44,8 @@ def kernelized_attention_rpe(
         bias: b, (H, 2n - 1), for the lags j - i from -(n - 1) to n - 1. A constant added to it changes nothing.
         proj: (m, d), see `orthogonal_projections`; of all heads.
         causal: whether a query sees only keys at its own place and before it.
+        epsilon: is added to each feature, after the largest of a query, and the largest of all keys of a head, were
+            made 1. Without normalisation some vanish in float32, and an early query may be left with 0 / 0.
         method: "dense" forms the n x n weights, "fft" takes n log n steps, "kernel" is
             `polylib.kernels.kernel_attention_rpe`. "auto" is the kernel for CUDA tensors, and elsewhere what takes less
             time at this length. The FFT's rounding errors are as large for a query whose weights are small as for
@@ -50,21 +53,22 @@ def kernelized_attention_rpe(
             has no such limit.
 
     Returns:
-        (B, H, n, dv), in the dtype of v. A query whose weights sum to 0 gives NaN.
+        (B, H, n, dv), in the dtype of v. A query whose weights are all 0 gives NaN, or with "fft" what rounding leaves.
 
     Raises:
         TypeError: tensors that are not floating.
-        ValueError: shapes that don't fit, no places at all, or an unknown method.
+        ValueError: shapes that don't fit, an `epsilon` below 0, no places at all, or an unknown method.
 
     Source: arXiv 2106.12566.
     """
     _check(q, k, v, bias, proj)
     method = _checks.choice("method", method, METHODS)
+    epsilon = _checks.number("epsilon", epsilon, least=0)
     n, width, m = q.shape[-2], v.shape[-1], len(proj)
     if method == "auto":
         method = "kernel" if q.is_cuda else "fft" if _fft_is_faster(n, width, m, causal) else "dense"
     with _without_autocast(q):
-        features = _features(q, k, proj, normalize)
+        features = _features(q, k, proj, normalize, epsilon)
         bias = widened(bias).to(features[0].dtype)
         bias = bias - bias[:, : n if causal else None].amax(-1, keepdim=True).detach()  # which cancels
         if method == "fft":
@@ -75,13 +79,13 @@ def kernelized_attention_rpe(
     return kernel_attention_rpe(of_q, of_k, v, bias.to(v.dtype), causal)
 
 
-def _features(q: Tensor, k: Tensor, proj: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
+def _features(q: Tensor, k: Tensor, proj: Tensor, normalize: bool, epsilon: float) -> tuple[Tensor, Tensor]:
     """Return features of queries and keys, each up to a factor for a query and one for all keys, which cancel."""
     of_q, of_k = log_features(q, proj, normalize), log_features(k, proj, normalize)
-    if not normalize:  # where they may be too large or too small for any float
+    if not normalize or epsilon > 0:
         of_q = of_q - of_q.amax(-1, keepdim=True).detach()
         of_k = of_k - of_k.amax((-2, -1), keepdim=True).detach()
-    return of_q.exp(), of_k.exp()
+    return of_q.exp() + epsilon, of_k.exp() + epsilon
 
 
 def _by_fft(of_q: Tensor, of_k: Tensor, v: Tensor, bias: Tensor, causal: bool) -> Tensor:
@@ -138,7 +142,7 @@ class KernelizedSelfAttention(nn.Module):
         causal: whether an output sees no later input.
         rpe: whether there is a relative positional bias.
         normalize: divide queries and keys by their lengths; without, by the fourth root of d, as softmax attention
-            does.
+            does, and 10^-6 is added to each feature, as the authors of the features do.
         orthogonal: whether the projections are orthogonal.
         method: see `kernelized_attention_rpe`.
 
@@ -198,8 +202,17 @@ class KernelizedSelfAttention(nn.Module):
         assert self.projections is not None
         if not self.normalize:
             q, k = q * q.shape[-1] ** -0.25, k * k.shape[-1] ** -0.25
-        options = {"causal": self.causal, "method": self.method, "normalize": self.normalize}
-        return kernelized_attention_rpe(q, k, v, bias, self.projections, **options)
+        return kernelized_attention_rpe(
+            q,
+            k,
+            v,
+            bias,
+            self.projections,
+            self.causal,
+            self.method,
+            normalize=self.normalize,
+            epsilon=0.0 if self.normalize else 1e-6,
+        )
 
     def _softmax(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
         n = q.shape[-2]

@@ -119,6 +119,10 @@ def test_large_queries_and_keys_without_normalisation():
     for way in ("fft", "dense"):
         found = kernelized_attention_rpe(30 * q, 30 * k, v, bias, proj, method=way, normalize=False)
         assert found.isfinite().all()
+    long = [30 * q, 30 * k, v, bias, proj, True, "dense"]
+    long = [part.float() if torch.is_tensor(part) else part for part in long]
+    assert kernelized_attention_rpe(*long, normalize=False).isnan().any()  # early queries, whose keys all vanish
+    assert kernelized_attention_rpe(*long, normalize=False, epsilon=1e-6).isfinite().all()
 
 
 def test_why_causal_transforms_run_in_float64():
@@ -170,7 +174,9 @@ def test_the_layer_written_out(kind, causal, rpe):
             weights = (own[0] @ own[1].mT).exp()
         else:
             of_q, of_k = (positive_random_features(part, layer.projections, False) for part in own[:2])
-            weights = of_q @ of_k.mT
+            of_q, of_k = of_q / of_q.amax(-1, keepdim=True), of_k / of_k.amax((-2, -1), keepdim=True)
+            epsilon = 0 if kind == "kernel" else 1e-6
+            weights = (of_q + epsilon) @ (of_k + epsilon).mT
         if rpe:
             lag = torch.arange(6) - torch.arange(6)[:, None]
             weights = weights * layer.bias[h, lag + 8].exp()
@@ -233,6 +239,8 @@ def test_bad_input():
         kernelized_attention_rpe(q, k, v, bias, proj[:0])
     with pytest.raises(ValueError, match=r"q must have shape .* n of at least 1"):
         kernelized_attention_rpe(q[:, :, :0], k[:, :, :0], v[:, :, :0], bias[:, :0], proj)
+    with pytest.raises(ValueError, match="epsilon must be a finite number"):
+        kernelized_attention_rpe(q, k, v, bias, proj, epsilon=-1.0)
     with pytest.raises(ValueError, match="method must be one of"):
         kernelized_attention_rpe(q, k, v, bias, proj, method="flash")
     with pytest.raises(TypeError, match="dtype of v must be"):
