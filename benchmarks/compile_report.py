@@ -38,7 +38,8 @@ def digest(op: str) -> str:
     source = (kernels / f"{op}.py").read_text(encoding="utf-8")
     start, end = source.index("# --- the kernels"), source.index("# --- the public function")
     text = [code_only(source[start:end])]
-    for file in (kernels / "_common.py", kernels / "_polynomials.py"):
+    shared = ["_common.py", "_polynomials.py", *(["_attention.py"] if "._attention import" in source else [])]
+    for file in (kernels / name for name in shared):
         text.append(code_only(file.read_text(encoding="utf-8")))
     launches = code_only((ROOT / "benchmarks" / "ops" / f"{op}.py").read_text(encoding="utf-8"))
     text.append(launches[launches.index("def launches") :])

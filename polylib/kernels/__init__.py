@@ -25,6 +25,7 @@ from polylib.kernels.binary_linear import (
     pack_signs_reference,
     unpack_signs,
 )
+from polylib.kernels.combiner_attention import combiner_attention, combiner_attention_reference
 from polylib.kernels.delta_relu import delta_relu, delta_relu_reference
 from polylib.kernels.evonorm_s0 import evonorm_s0, evonorm_s0_reference
 from polylib.kernels.fake_quantize import code_range, fake_quantize, fake_quantize_reference
@@ -66,6 +67,8 @@ __all__ = [
     "binary_linear",
     "binary_linear_reference",
     "code_range",
+    "combiner_attention",
+    "combiner_attention_reference",
     "delta_relu",
     "delta_relu_reference",
     "evonorm_s0",

@@ -116,6 +116,22 @@ def sparse_down(draw):
     return function, [values, weight_t, bias], {}
 
 
+@st.composite
+def kernel_attention_rpe(draw):
+    dtype, (heads, n, m, d) = draw(dtypes), (draw(st.integers(1, top)) for top in (2, 40, 20, 20))
+    q, k = (draw(tensors(1, heads, n, m, dtype=dtype, low=0.0)) + 0.25 for _ in range(2))
+    v, bias = draw(tensors(1, heads, n, d, dtype=dtype)), draw(tensors(heads, 2 * n - 1, dtype=dtype))
+    return kernels.kernel_attention_rpe, [q, k, v, bias], {"causal": draw(st.booleans())}
+
+
+@st.composite
+def combiner_attention(draw):
+    dtype, (regions, span, d, e) = draw(dtypes), (draw(st.integers(1, top)) for top in (6, 9, 20, 20))
+    heads = draw(st.integers(1, 2))
+    args = [draw(tensors(1, heads, regions * span, width, dtype=dtype)) for width in (d, d, e)]
+    return kernels.combiner_attention, args, {"span": span, "causal": draw(st.booleans())}
+
+
 def scale_of(tensor: torch.Tensor) -> float:
     return max(tensor.abs().max().item(), 1.0) if tensor.numel() else 1.0
 
@@ -176,7 +192,7 @@ def compare_with_float64(drawn, backend: str) -> None:
 
 SMOOTH = [
     *(poly_relu, poly_norm, group_rational, evonorm_s0, phm_linear, quadratic_linear),
-    *(monarch_multiply, sparse_down),
+    *(monarch_multiply, sparse_down, kernel_attention_rpe, combiner_attention),
 ]
 
 

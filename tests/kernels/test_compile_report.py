@@ -65,6 +65,11 @@ def is_narrow(op, record):
         small |= {"q", "totals", "counts", "by_total", "by_q"}
     if op == "monarch_multiply" and record["kernel"] == "weight_kernel":  # of a tile, four numbers a thread at most
         small |= {"grad"}
+    if op in ("kernel_attention_rpe", "combiner_attention"):  # numbers of a place or a block, of which each is one row
+        small |= {"most", "total", "dots", "within", "key_summary", "value_summary"}
+        small |= {"key_summary_grad", "value_summary_grad", "parts"}  # the last written once, after many tiles
+        if all("x16x48" in case for case in record["cases"]):  # 16 numbers in two bytes: 64 bits for each thread
+            small |= {"queries", "keys", "dqueries", "dkeys", "dq", "dk"}
     if op == "topk_residual":  # what is sent is read again and written, entry by entry, wherever it lies in a block
         wide = [record["loads"].get(name, {"128": 1}) for name in ("gradient", "state")]
         return not all("128" in bits for bits in wide)

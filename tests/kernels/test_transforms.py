@@ -57,6 +57,13 @@ SMOOTH = {
     ),
     "phm_linear": (kernels.phm_linear, [normal(2, 4), normal(2, 2, 2, seed=1), normal(2, 2, 2, seed=2)]),
     "monarch_multiply": (kernels.monarch_multiply, [normal(2, 4), normal(2, 2, 2, seed=1), normal(2, 2, 2, seed=2)]),
+    "kernel_attention_rpe": (
+        lambda q, k, v, b: kernels.kernel_attention_rpe(q.exp(), k.exp(), v, b, True),
+        [normal(1, 2, 3, 2), normal(1, 2, 3, 2, seed=1), normal(1, 2, 3, 2, seed=2), normal(2, 5, seed=3)],
+    ),
+    "combiner_attention": (
+        lambda *tensors: kernels.combiner_attention(*tensors, 2), [normal(1, 1, 4, 2, seed=seed) for seed in (0, 1, 2)]
+    ),
     "sparse_down": (
         lambda v, w: kernels.sparse_down(v, torch.tensor([[0, 2], [1, 1]]), w), [normal(2, 2), normal(3, 4, seed=1)]
     ),
