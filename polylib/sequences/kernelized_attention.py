@@ -68,7 +68,8 @@ def kernelized_attention_rpe(
     if method == "auto":
         method = "kernel" if q.is_cuda else "fft" if _fft_is_faster(n, width, m, causal) else "dense"
     with _without_autocast(q):
-        features = _features(q, k, proj, normalize, epsilon)
+        shift = not normalize or epsilon > 0 or v.dtype == torch.float16  # which ends at 65,504
+        features = _features(q, k, proj, normalize, epsilon, shift)
         bias = widened(bias).to(features[0].dtype)
         bias = bias - bias[:, : n if causal else None].amax(-1, keepdim=True).detach()  # which cancels
         if method == "fft":
@@ -76,13 +77,18 @@ def kernelized_attention_rpe(
         if method == "dense":
             return kernel_attention_rpe(*features, v.to(bias.dtype), bias, causal, backend="reference").to(v.dtype)
     of_q, of_k = (feature.to(v.dtype) for feature in features)
-    return kernel_attention_rpe(of_q, of_k, v, bias.to(v.dtype), causal)
+    return kernel_attention_rpe(of_q, of_k, v, bias, causal)
 
 
-def _features(q: Tensor, k: Tensor, proj: Tensor, normalize: bool, epsilon: float) -> tuple[Tensor, Tensor]:
-    """Return features of queries and keys, each up to a factor for a query and one for all keys, which cancel."""
+def _features(
+    q: Tensor, k: Tensor, proj: Tensor, normalize: bool, epsilon: float, shift: bool
+) -> tuple[Tensor, Tensor]:
+    """Return features of queries and keys, each up to a factor for a query and one for all keys, which cancel.
+
+    With `shift` the largest feature of a query is 1, and so is that of all keys of a head.
+    """
     of_q, of_k = log_features(q, proj, normalize), log_features(k, proj, normalize)
-    if not normalize or epsilon > 0:
+    if shift:
         of_q = of_q - of_q.amax(-1, keepdim=True).detach()
         of_k = of_k - of_k.amax((-2, -1), keepdim=True).detach()
     return of_q.exp() + epsilon, of_k.exp() + epsilon

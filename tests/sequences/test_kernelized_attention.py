@@ -265,7 +265,29 @@ def test_half_precision():
         found = kernelized_attention_rpe(*half, bias.float(), proj.float(), method=way)
         assert found.dtype == torch.bfloat16
         torch.testing.assert_close(found.double(), wanted, rtol=0.03, atol=0.03)
+    found = kernelized_attention_rpe(*half, bias.float(), proj.float(), method="kernel")
+    torch.testing.assert_close(found.double(), wanted, rtol=0.03, atol=0.03)
     layer, x = KernelizedSelfAttention(8, 2, 9, 64), torch.randn(2, 9, 8)
     with torch.autocast("cpu"):
         found = layer(x)
     torch.testing.assert_close(found.float(), layer(x), rtol=0.05, atol=math.sqrt(0.001))
+
+
+def test_float16_features_do_not_overflow():
+    """Aligned with a long w, a feature is e^11: the product of two is beyond 65,504."""
+    w = torch.zeros(1, 128)
+    w[0, 0] = 11.5
+    q = torch.randn(1, 1, 5, 128) * 0.01 + w / 11.5
+    v, bias = torch.randn(1, 1, 5, 3), torch.randn(1, 9)
+    wanted = kernelized_attention_rpe(q, q, v, bias, w)
+    seen = []
+
+    def spy(of_q, of_k, *rest):
+        seen.append((of_q @ of_k.mT).amax())
+        return kernel_attention_rpe(of_q, of_k, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernelized_attention, "kernel_attention_rpe", spy)
+        found = kernelized_attention_rpe(q.half(), q.half(), v.half(), bias, w, method="kernel")
+    assert seen[0] < 2
+    torch.testing.assert_close(found.float(), wanted, rtol=0.02, atol=0.02)
