@@ -1,6 +1,7 @@
 """Kernelized attention with a relative bias: each way against the definition, limits, precision, and the layer."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -291,3 +292,20 @@ def test_float16_features_do_not_overflow():
         found = kernelized_attention_rpe(q.half(), q.half(), v.half(), bias, w, method="kernel")
     assert seen[0] < 2
     torch.testing.assert_close(found.float(), wanted, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_layer_on_the_kernel(monkeypatch, device, causal):
+    """On the GPU by itself, and elsewhere through the interpreter: the same as the n x n form, with gradients."""
+    monkeypatch.setattr(kernelized_attention, "kernel_attention_rpe", partial(kernel_attention_rpe, backend="triton"))
+    torch.manual_seed(0)
+    layer = KernelizedSelfAttention(8, 2, 19, 5, causal).to(device)
+    torch.nn.init.normal_(layer.bias)
+    x, g = torch.randn(2, 2, 17, 8, device=device)
+    grads, found = {}, {}
+    for way in ("kernel", "fft"):
+        layer.method = way
+        found[way] = layer(x)
+        grads[way] = torch.autograd.grad(found[way], list(layer.parameters()), g)
+    torch.testing.assert_close(found["kernel"], found["fft"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(grads["kernel"], grads["fft"], rtol=1e-3, atol=1e-4)
