@@ -45,6 +45,7 @@ from polylib.kernels.phm_linear import kronecker_weight, phm_linear, phm_linear_
 from polylib.kernels.poly_norm import poly_norm, poly_norm_reference
 from polylib.kernels.poly_relu import poly_relu, poly_relu_reference
 from polylib.kernels.quadratic_linear import quadratic_linear, quadratic_linear_reference
+from polylib.kernels.s4d_scan import s4d_scan, s4d_scan_reference
 from polylib.kernels.sine_binarize import sine_binarize, sine_binarize_reference
 from polylib.kernels.sparse_down import sparse_down, sparse_down_reference
 from polylib.kernels.stats_quantize import stats_codes, stats_quantize, stats_quantize_reference
@@ -106,6 +107,8 @@ __all__ = [
     "quadratic_linear",
     "quadratic_linear_reference",
     "raw_range",
+    "s4d_scan",
+    "s4d_scan_reference",
     "sine_binarize",
     "sine_binarize_reference",
     "sparse_down",

@@ -235,6 +235,21 @@ _backward.register_autograd(no_double_backward("vandermonde"))
 # --- the public function ----------------------------------------------------------------------------------------------
 
 
+def check_waves(v: Tensor, x: Tensor) -> None:
+    """Raise TypeError unless v and x are complex tensors of one dtype, ValueError unless of one shape and device."""
+    for name, tensor in (("v", v), ("x", x)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.dtype not in (torch.complex64, torch.complex128):
+            raise TypeError(f"{name} must have dtype torch.complex64 or torch.complex128, got {tensor.dtype}")
+    _checks.shape("v", v, "(..., N)", v.dim() >= 1)
+    _checks.shape("x", x, f"that of v, {tuple(v.shape)}", x.shape == v.shape)
+    if x.dtype != v.dtype:
+        raise TypeError(f"x must have the dtype of v, {v.dtype}, got {x.dtype}")
+    if x.device != v.device:
+        raise ValueError(f"x must be on the device of v, {v.device}, got {x.device}")
+
+
 def vandermonde(v: Tensor, x: Tensor, L: int, *, backend: str = "auto") -> Tensor:
     """Return `2 * (v[..., None] * exp(x[..., None] * arange(L))).sum(-2).real`.
 
@@ -256,17 +271,7 @@ def vandermonde(v: Tensor, x: Tensor, L: int, *, backend: str = "auto") -> Tenso
 
     Source: Gu and others, arXiv 2206.11893.
     """
-    for name, tensor in (("v", v), ("x", x)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-        if tensor.dtype not in (torch.complex64, torch.complex128):
-            raise TypeError(f"{name} must have dtype torch.complex64 or torch.complex128, got {tensor.dtype}")
-    _checks.shape("v", v, "(..., N)", v.dim() >= 1)
-    _checks.shape("x", x, f"that of v, {tuple(v.shape)}", x.shape == v.shape)
-    if x.dtype != v.dtype:
-        raise TypeError(f"x must have the dtype of v, {v.dtype}, got {x.dtype}")
-    if x.device != v.device:
-        raise ValueError(f"x must be on the device of v, {v.device}, got {x.device}")
+    check_waves(v, x)
     L = _checks.integer("L", L, least=1)
     chosen = choose_backend(backend, v, (torch.complex64,))
     if chosen == "triton":

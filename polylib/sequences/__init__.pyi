@@ -1,18 +1,28 @@
 """Sequence models at less than quadratic cost: the methods of the book's part on sequences."""
 
+from .allocation_trace import record_allocations as record_allocations
+from .bilevel_allocation import bilevel_plan as bilevel_plan
+from .bilevel_allocation import replicate_layers as replicate_layers
 from .causal_monarch import causal_monarch_convolution as causal_monarch_convolution
 from .causal_monarch import causal_monarch_factors as causal_monarch_factors
 from .diagonal_state_space import S4D as S4D
 from .diagonal_state_space import S4DKernel as S4DKernel
 from .diagonal_state_space import s4d_groups as s4d_groups
+from .first_fit import MemoryPlan as MemoryPlan
+from .first_fit import first_fit_plan as first_fit_plan
+from .gpt_layer import GPTLayer as GPTLayer
+from .gpt_layer import TokenwiseLayer as TokenwiseLayer
 from .hippo import hippo_legs as hippo_legs
 from .hippo import s4d_spectrum as s4d_spectrum
 from .implicit_filter import ImplicitFilter as ImplicitFilter
 from .implicit_filter import LongConvolution as LongConvolution
 from .kernelized_attention import KernelizedSelfAttention as KernelizedSelfAttention
 from .kernelized_attention import kernelized_attention_rpe as kernelized_attention_rpe
+from .logsparse import combiner_logsparse_attention as combiner_logsparse_attention
 from .long_convolution import causal_convolution as causal_convolution
 from .long_convolution import two_sided_convolution as two_sided_convolution
+from .memory_requests import Requests as Requests
+from .memory_requests import overlaps as overlaps
 from .monarch import BlockDiagonalLinear as BlockDiagonalLinear
 from .monarch import MonarchLinear as MonarchLinear
 from .monarch_factors import dft_factors as dft_factors
@@ -23,6 +33,18 @@ from .monarch_mixer import BlockDiagonalGLU as BlockDiagonalGLU
 from .monarch_mixer import MonarchMixer as MonarchMixer
 from .monarch_mixer import ShortConvolution as ShortConvolution
 from .monarch_mixer import monarch_mixer_groups as monarch_mixer_groups
+from .offset_allocation import solve_offset_allocation as solve_offset_allocation
 from .random_features import orthogonal_projections as orthogonal_projections
 from .random_features import positive_random_features as positive_random_features
+from .sparse_patterns import SparseSelfAttention as SparseSelfAttention
+from .sparse_patterns import sparse_attention_mask as sparse_attention_mask
+from .structured_attention import CombinerSelfAttention as CombinerSelfAttention
+from .structured_attention import combiner_weights as combiner_weights
+from .swap_schedule import LayerTime as LayerTime
+from .swap_schedule import SwapTimeline as SwapTimeline
+from .swap_schedule import fit_layer_time as fit_layer_time
+from .swap_schedule import layer_flops as layer_flops
+from .swap_schedule import optimal_swap_fraction as optimal_swap_fraction
+from .swap_schedule import swap_timeline as swap_timeline
 from .toeplitz import toeplitz_matmul as toeplitz_matmul
+from .token_offload import TokenwiseOffload as TokenwiseOffload

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from polylib import _checks
 from polylib.kernels._common import widened
+from polylib.kernels.s4d_scan import s4d_scan
 from polylib.kernels.vandermonde import vandermonde
 from polylib.sequences.hippo import SPECTRA, s4d_spectrum
 from polylib.sequences.long_convolution import causal_convolution
@@ -109,10 +110,14 @@ class S4DKernel(nn.Module):
         cosine = torch.where((cosine == 0) & (z.imag == 0), 1, cosine)  # there, where the angle has no meaning
         return torch.complex(torch.log1p(shrink) / 2, torch.atan2(z.imag, cosine)), B / (1 - z / 2)
 
+    def waves(self) -> tuple[Tensor, Tensor]:
+        """Return what `vandermonde` and `s4d_scan` ask for: the weight C B of each wave and log A, (H, N / 2) each."""
+        log_A, B = self.discretized()
+        return _paired(self.C) * B, log_A
+
     def forward(self, L: int) -> Tensor:
         """Return the kernels at the times 0, ..., L - 1, (H, L)."""
-        log_A, B = self.discretized()
-        return vandermonde(_paired(self.C) * B, log_A, L)
+        return vandermonde(*self.waves(), L)
 
     def initial_state(self, *batch: int) -> Tensor:
         """Return zeros, `(*batch, H, N / 2)`, complex."""
@@ -162,13 +167,15 @@ class S4D(nn.Module):
         self.mix = nn.Linear(d_model, 2 * d_model)
 
     def forward(self, u: Tensor) -> Tensor:
-        """Return (B, L, H) of (B, L, H), by convolution.
+        """Return (B, L, H) of (B, L, H): on a GPU by `s4d_scan`, elsewhere by convolution with the kernels.
 
         Raises:
             ValueError: another shape, or no time at all.
         """
         fits = u.dim() == 3 and u.shape[1] > 0 and u.shape[2] == len(self.D)
         _checks.shape("u", u, f"(batch, L, {len(self.D)}) with L of at least 1", fits)
+        if u.is_cuda and isinstance(self.kernel, S4DKernel):  # another module may have been put in its place
+            return self._out(s4d_scan(u.mT, *self.kernel.waves()).mT, u)
         return self._out(causal_convolution(u.mT, self.kernel(u.shape[1])).mT, u)
 
     def recur(self, u: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -132,6 +132,19 @@ def combiner_attention(draw):
     return kernels.combiner_attention, args, {"span": span, "causal": draw(st.booleans())}
 
 
+def scan(u, *parts, backend="auto"):
+    """Of the real and imaginary parts of waves, which decay, so that gradients have room in float16, and turn."""
+    v_re, v_im, decay, turn = (t if t.dtype == torch.float64 else t.float() for t in parts)
+    x = torch.complex(-0.05 - decay.square() / 9, turn)
+    return kernels.s4d_scan(u, torch.complex(v_re, v_im) / 9, x, backend=backend)
+
+
+@st.composite
+def s4d_scan(draw):
+    dtype, (batch, H, N, L) = draw(dtypes), (draw(st.integers(1, top)) for top in (20, 2, 40, 150))
+    return scan, [draw(tensors(batch, H, L, dtype=dtype)), *(draw(tensors(H, N, dtype=dtype)) for _ in range(4))], {}
+
+
 def scale_of(tensor: torch.Tensor) -> float:
     return max(tensor.abs().max().item(), 1.0) if tensor.numel() else 1.0
 
@@ -192,7 +205,7 @@ def compare_with_float64(drawn, backend: str) -> None:
 
 SMOOTH = [
     *(poly_relu, poly_norm, group_rational, evonorm_s0, phm_linear, quadratic_linear),
-    *(monarch_multiply, sparse_down, kernel_attention_rpe, combiner_attention),
+    *(monarch_multiply, sparse_down, kernel_attention_rpe, combiner_attention, s4d_scan),
 ]
 
 

@@ -57,6 +57,14 @@ def is_narrow(op, record):
         small |= {"table", "vectors", "y", "dots", "before_max", "largest"}
     if op == "vandermonde":  # pairs of numbers, of each wave one
         small |= {"v", "x", "by_v", "by_x"}
+    if op == "s4d_scan":  # numbers of a wave; and tiles of few rows, 64 bits a thread, of which a warp has whole lines
+        tiles = {"u", "grad", "y", "states", "back"}
+        small |= {"factor", "by_factor"}
+        small |= {
+            name
+            for name in tiles
+            if not {"16", "32"} & {*record["loads"].get(name, {}), *record["stores"].get(name, {})}
+        }
     if op == "topk_simplex":  # a number for each row
         small |= {"mass", "by_mass"}
     if op == "sparse_down":  # numbers of a token and of its units, of which each stands for a row

@@ -64,6 +64,10 @@ SMOOTH = {
     "combiner_attention": (
         lambda *tensors: kernels.combiner_attention(*tensors, 2), [normal(1, 1, 4, 2, seed=seed) for seed in (0, 1, 2)]
     ),
+    "s4d_scan": (
+        lambda u, v, x: kernels.s4d_scan(u, torch.complex(v, -v), torch.complex(-x.exp(), x)),
+        [normal(2, 2, 5), normal(2, 3, seed=1), normal(2, 3, seed=2)],
+    ),
     "sparse_down": (
         lambda v, w: kernels.sparse_down(v, torch.tensor([[0, 2], [1, 1]]), w), [normal(2, 2), normal(3, 4, seed=1)]
     ),

@@ -100,6 +100,7 @@ EXAMPLES: dict[str, tuple[Callable[[], nn.Module], Callable[[int], torch.Tensor]
         lambda: transformer.Block(8, transformer.Attention(8, 2, False), feed_forward(), nn.LayerNorm),
         lambda n: torch.randn(n, 5, 8),
     ),
+    "CombinerSelfAttention": (lambda: sequences.CombinerSelfAttention(8, 2), lambda n: torch.randn(n, 7, 8)),
     "Decoder": (lambda: transformer.Decoder(11, 7, feed_forward, width=8, heads=2), lambda n: tokens(n, 7)),
     "DeltaActivation": (
         lambda: sparsity.DeltaActivation(4, 1, threshold=0.02, bias=True),
@@ -114,6 +115,7 @@ EXAMPLES: dict[str, tuple[Callable[[], nn.Module], Callable[[int], torch.Tensor]
         lambda n: torch.randn(n, 3, 8),
     ),
     "GRKANLinear": (lambda: neurons.GRKANLinear(8, 6, groups=2), lambda n: torch.randn(n, 8)),
+    "GPTLayer": (lambda: sequences.GPTLayer(8, 2), lambda n: torch.randn(n, 7, 8)),
     "GaussianMoE": (lambda: sparsity.GaussianMoE(4, 3, activation="tanh"), lambda n: torch.randn(n, 4)),
     "GraphNormAct": (
         lambda: neurons.GraphNormAct(4, next(iter(neurons.KNOWN_LAYERS.values())), groups=2),
@@ -167,9 +169,17 @@ EXAMPLES: dict[str, tuple[Callable[[], nn.Module], Callable[[int], torch.Tensor]
         lambda n: torch.randn(n, 3, 4),
     ),
     "SqueezeExcite": (lambda: optimization.SqueezeExcite(6, 2), lambda n: torch.randn(n, 6, 4, 5)),
+    "SparseSelfAttention": (
+        lambda: sequences.SparseSelfAttention(8, 2, "fixed", 3),
+        lambda n: torch.randn(n, 7, 8),
+    ),
     "SparseOTRouter": (lambda: sparsity.SparseOTRouter(3, iters=4), lambda n: torch.randn(n, 6, 3)),
     "StatsQuantizer": (lambda: quantization.StatsQuantizer(4), lambda n: torch.randn(n, 6)),
     "ThreeLayerResidualNet": (lambda: neurons.ThreeLayerResidualNet(4, 5, 9), lambda n: torch.randn(n, 4)),
+    "TokenwiseOffload": (
+        lambda: sequences.TokenwiseOffload(sequences.GPTLayer(8, 2), 0.5),
+        lambda n: torch.randn(n, 7, 8),
+    ),
     "TopK": (lambda: nn.Sequential(nn.Linear(8, 6), sparsity.TopK(4)), lambda n: torch.randn(n, 5, 8)),
     "TopKMLP": (lambda: sparsity.TopKMLP(8, 16, 12), lambda n: torch.randn(n, 5, 8)),
     "UniformQuantizer": (lambda: quantization.UniformQuantizer(4), lambda n: torch.randn(n, 6)),
@@ -185,6 +195,11 @@ NOT_HERE = {
     ("LinearizedModel", "export"): "torch.export fixes the sizes of what torch.func.jvp differentiates",
     ("ScaledConvNet", "empty"): "torch's batch norm counts an empty batch as a batch",
     ("SparseOTRouter", "empty"): "it has no parameters to go backward to; tests/sparsity/test_routing.py has it",
+    (
+        "TokenwiseOffload",
+        "compile",
+    ): "hooks break the graph; tests/sequences/test_token_offload.py has it",
+    ("TokenwiseOffload", "stack"): "under torch.vmap tensors have no storage that could be swapped",
     ("PrunedKANLinear", "meta"): "which parameters it has depends on the values of the layer that was pruned",
 }
 
@@ -366,6 +381,7 @@ def test_recomputed_in_backward(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_two_in_a_stack_train_as_alone(name):
+    skip_if_listed(name, "stack")
     module, x = made(name)
     if not any(p.requires_grad for p in module.parameters()):
         pytest.skip("nothing to train")

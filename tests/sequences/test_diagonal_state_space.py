@@ -7,6 +7,7 @@ import pytest
 import scipy.signal
 import torch
 
+from polylib.kernels import s4d_scan
 from polylib.sequences import S4D, S4DKernel, causal_convolution, s4d_groups
 
 KINDS = ["legs", "inv", "lin", "quadratic", "real", "random"]
@@ -155,6 +156,12 @@ def test_the_layer_sees_the_past_only_and_can_be_run_in_pieces():
     second, state = layer.recur(u[:, 9:-1], state)
     last, _ = layer.step(u[:, -1], state)
     torch.testing.assert_close(torch.cat([first, second, last[:, None]], 1), y)
+
+
+def test_its_waves_are_what_the_scan_of_a_gpu_takes():
+    torch.manual_seed(0)
+    kernel, u = S4DKernel(3, d_state=8), torch.randn(2, 3, 70)
+    torch.testing.assert_close(s4d_scan(u, *kernel.waves(), backend="triton"), causal_convolution(u, kernel(70)))
 
 
 def test_the_layer_written_out():
