@@ -16,6 +16,8 @@ from .hippo import hippo_legs as hippo_legs
 from .hippo import s4d_spectrum as s4d_spectrum
 from .implicit_filter import ImplicitFilter as ImplicitFilter
 from .implicit_filter import LongConvolution as LongConvolution
+from .kernelized_attention import KernelizedSelfAttention as KernelizedSelfAttention
+from .kernelized_attention import kernelized_attention_rpe as kernelized_attention_rpe
 from .logsparse import combiner_logsparse_attention as combiner_logsparse_attention
 from .long_convolution import causal_convolution as causal_convolution
 from .long_convolution import two_sided_convolution as two_sided_convolution
@@ -41,6 +43,8 @@ from .pldr_decoder import PLDRDecoder as PLDRDecoder
 from .power_law_attention import KVCache as KVCache
 from .power_law_attention import PowerLawGraphAttention as PowerLawGraphAttention
 from .power_law_attention import bilinear_attention as bilinear_attention
+from .random_features import orthogonal_projections as orthogonal_projections
+from .random_features import positive_random_features as positive_random_features
 from .rotary import rotate_by_position as rotate_by_position
 from .sparse_patterns import SparseSelfAttention as SparseSelfAttention
 from .sparse_patterns import sparse_attention_mask as sparse_attention_mask
@@ -52,4 +56,5 @@ from .swap_schedule import fit_layer_time as fit_layer_time
 from .swap_schedule import layer_flops as layer_flops
 from .swap_schedule import optimal_swap_fraction as optimal_swap_fraction
 from .swap_schedule import swap_timeline as swap_timeline
+from .toeplitz import toeplitz_matmul as toeplitz_matmul
 from .token_offload import TokenwiseOffload as TokenwiseOffload

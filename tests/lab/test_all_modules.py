@@ -157,6 +157,10 @@ EXAMPLES: dict[str, tuple[Callable[[], nn.Module], Callable[[int], torch.Tensor]
     ),
     "GroupRational": (lambda: neurons.GroupRational(8, groups=2), lambda n: torch.randn(n, 8)),
     "ImplicitFilter": (Filtered, lambda n: 0.1 * torch.randn(n, 3, 7)),
+    "KernelizedSelfAttention": (
+        lambda: sequences.KernelizedSelfAttention(8, 2, 7, causal=True),
+        lambda n: torch.randn(n, 5, 8),
+    ),
     "LSQQuantizer": (lambda: quantization.LSQQuantizer(4, axis=-1), lambda n: torch.randn(n, 6)),
     "LinearizedModel": (lambda: regimes.LinearizedModel(nn.Linear(8, 6)), lambda n: torch.randn(n, 8)),
     "LongConvolution": (lambda: sequences.LongConvolution(4, 7, causal=False), lambda n: torch.randn(n, 7, 4)),
