@@ -23,6 +23,10 @@ from .long_convolution import causal_convolution as causal_convolution
 from .long_convolution import two_sided_convolution as two_sided_convolution
 from .memory_requests import Requests as Requests
 from .memory_requests import overlaps as overlaps
+from .metric_learner import Deductive as Deductive
+from .metric_learner import MetricLearner as MetricLearner
+from .metric_learner import SwiGLU as SwiGLU
+from .metric_learner import dag_regularizer as dag_regularizer
 from .monarch import BlockDiagonalLinear as BlockDiagonalLinear
 from .monarch import MonarchLinear as MonarchLinear
 from .monarch_factors import dft_factors as dft_factors
@@ -34,8 +38,14 @@ from .monarch_mixer import MonarchMixer as MonarchMixer
 from .monarch_mixer import ShortConvolution as ShortConvolution
 from .monarch_mixer import monarch_mixer_groups as monarch_mixer_groups
 from .offset_allocation import solve_offset_allocation as solve_offset_allocation
+from .pldr_decoder import PLDRBlock as PLDRBlock
+from .pldr_decoder import PLDRDecoder as PLDRDecoder
+from .power_law_attention import KVCache as KVCache
+from .power_law_attention import PowerLawGraphAttention as PowerLawGraphAttention
+from .power_law_attention import bilinear_attention as bilinear_attention
 from .random_features import orthogonal_projections as orthogonal_projections
 from .random_features import positive_random_features as positive_random_features
+from .rotary import rotate_by_position as rotate_by_position
 from .sparse_patterns import SparseSelfAttention as SparseSelfAttention
 from .sparse_patterns import sparse_attention_mask as sparse_attention_mask
 from .structured_attention import CombinerSelfAttention as CombinerSelfAttention

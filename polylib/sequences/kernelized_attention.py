@@ -47,7 +47,7 @@ def kernelized_attention_rpe(
         epsilon: is added to each feature, after the largest of a query, and the largest of all keys of a head, were
             made 1. Without normalisation some vanish in float32, and an early query may be left with 0 / 0.
         method: "dense" forms the n x n weights, "fft" takes n log n steps, "kernel" is
-            `polylib.kernels.kernel_attention_rpe`. "auto" is the kernel for CUDA tensors, and elsewhere what takes less
+            the op `kernel_attention_rpe`. "auto" is the kernel for CUDA tensors, and elsewhere what takes less
             time at this length. The FFT's rounding errors are as large for a query whose weights are small as for
             others. So with `causal` it runs in float64, which serves while exp(b) spans less than some 10^11; "dense"
             has no such limit.
