@@ -89,15 +89,18 @@ class MoHDSublayer(nn.Module):
 
     def forward(self, u: Tensor) -> Tensor:
         """Of normalised tokens `(..., d_model)` the same shape; `recorded_routing` has what the router said."""
-        gate = self.router(u).gate
-        width = self.router.d_model // self.router.n_groups
-        weights = (self.alpha * gate).repeat_interleave(width, -1)
-        kept = (self.alpha * (gate > 0).to(u.dtype)).repeat_interleave(width, -1)
-        y = kept * self.inner(weights * u)
+        gate = self.alpha * self.router(u).gate
+        kept = self.alpha * (gate > 0).to(u.dtype)
+        y = _by_group(kept, self.inner(_by_group(gate, u)))
         return y if self.fusion is None else self.fusion(y)
 
     def extra_repr(self) -> str:
         return f"alpha={self.alpha:.3g}"
+
+
+def _by_group(weights: Tensor, x: Tensor) -> Tensor:
+    """x `(..., d)` times weights `(..., N)`, one for each of N groups of neighbours."""
+    return (weights[..., None] * x.unflatten(-1, (weights.shape[-1], -1))).flatten(-2)
 
 
 def activated_parameters(module: nn.Module) -> int:
