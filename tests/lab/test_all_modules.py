@@ -90,6 +90,40 @@ class Routed(nn.Module):
         return gate + balance
 
 
+class Attended(nn.Module):
+    """A power-law graph attention without its caches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = sequences.PowerLawGraphAttention(8, 2, 1, 2, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x)[0]
+
+
+class Inferred(nn.Module):
+    """The bilinear form of some queries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = sequences.MetricLearner(2, 4, 1, 2, 5)
+        nn.init.constant_(self.inner.b, 3.0)  # away from 0, where the power's slope is too steep to compare runs
+
+    def forward(self, q: torch.Tensor) -> torch.Tensor:
+        return self.inner(q).G_LM
+
+
+class BlockAlone(nn.Module):
+    """A block of a PLDR decoder without its caches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = sequences.PLDRBlock(8, 2, 1, 1, 5, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x)[0]
+
+
 def uniform(*shape: int) -> torch.Tensor:
     return torch.rand(shape) - 0.5
 
@@ -137,10 +171,15 @@ EXAMPLES: dict[str, tuple[Callable[[], nn.Module], Callable[[int], torch.Tensor]
     "GroupFusion": (lambda: sparsity.GroupFusion(12, 3), lambda n: torch.randn(n, 5, 12)),
     "HiddenDimensionRouter": (Routed, lambda n: torch.randn(n, 5, 16)),
     "ImplicitFilter": (Filtered, lambda n: 0.1 * torch.randn(n, 3, 7)),
+    "KernelizedSelfAttention": (
+        lambda: sequences.KernelizedSelfAttention(8, 2, 7, causal=True),
+        lambda n: torch.randn(n, 5, 8),
+    ),
     "LSQQuantizer": (lambda: quantization.LSQQuantizer(4, axis=-1), lambda n: torch.randn(n, 6)),
     "LinearizedModel": (lambda: regimes.LinearizedModel(nn.Linear(8, 6)), lambda n: torch.randn(n, 8)),
     "LongConvolution": (lambda: sequences.LongConvolution(4, 7, causal=False), lambda n: torch.randn(n, 7, 4)),
     "MIPHyperNet": (Predicted, lambda n: torch.rand(n, 3)),
+    "MetricLearner": (Inferred, lambda n: torch.randn(n, 2, 7, 4)),
     "MoHDSublayer": (
         lambda: sparsity.MoHDSublayer(nn.Sequential(nn.Linear(16, 9), nn.GELU(), nn.Linear(9, 16)), 16, 8, 4, 2),
         lambda n: torch.randn(n, 5, 16),
@@ -151,6 +190,8 @@ EXAMPLES: dict[str, tuple[Callable[[], nn.Module], Callable[[int], torch.Tensor]
     "PHConv2d": (lambda: neurons.PHConv2d(4, 6, 3, n=2), lambda n: torch.randn(n, 4, 7, 6)),
     "PHConv3d": (lambda: neurons.PHConv3d(4, 6, 2, n=2), lambda n: torch.randn(n, 4, 3, 4, 5)),
     "PHMLinear": (lambda: neurons.PHMLinear(8, 6, 2), lambda n: torch.randn(n, 8)),
+    "PLDRBlock": (BlockAlone, lambda n: torch.randn(n, 5, 8)),
+    "PLDRDecoder": (lambda: sequences.PLDRDecoder(11, 8, 2, 2, 1, 1, 5), lambda n: tokens(n, 7)),
     "PackedBinary": (
         lambda: quantization.PackedBinary(quantization.BiPerConv2d(3, 4, 3, 20.0, stage=2, padding=1)),
         lambda n: torch.randn(n, 3, 6, 7),
@@ -158,6 +199,7 @@ EXAMPLES: dict[str, tuple[Callable[[], nn.Module], Callable[[int], torch.Tensor]
     "PolyNorm": (neurons.PolyNorm, lambda n: torch.randn(n, 8)),
     "PolyReLU": (neurons.PolyReLU, lambda n: torch.randn(n, 8)),
     "PolynomialTwoLayer": (lambda: regimes.PolynomialTwoLayer(8, 6, 1.0, 0.5), lambda n: torch.randn(n, 8)),
+    "PowerLawGraphAttention": (Attended, lambda n: torch.randn(n, 5, 8)),
     "PrunedKANLinear": (pruned, lambda n: uniform(n, 6)),
     "QKNormAttention": (lambda: optimization.QKNormAttention(8, 2), lambda n: torch.randn(n, 5, 8)),
     "QKReparamAttention": (lambda: quantization.QKReparamAttention(8, 2, 4), lambda n: torch.randn(n, 5, 8)),
@@ -190,6 +232,7 @@ EXAMPLES: dict[str, tuple[Callable[[], nn.Module], Callable[[int], torch.Tensor]
     "SparseOTRouter": (lambda: sparsity.SparseOTRouter(3, iters=4), lambda n: torch.randn(n, 6, 3)),
     "StatsQuantizer": (lambda: quantization.StatsQuantizer(4), lambda n: torch.randn(n, 6)),
     "ThreeLayerResidualNet": (lambda: neurons.ThreeLayerResidualNet(4, 5, 9), lambda n: torch.randn(n, 4)),
+    "SwiGLU": (lambda: sequences.SwiGLU(8, 16, 6), lambda n: torch.randn(n, 8)),
     "TokenwiseOffload": (
         lambda: sequences.TokenwiseOffload(sequences.GPTLayer(8, 2), 0.5),
         lambda n: torch.randn(n, 7, 8),
