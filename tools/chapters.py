@@ -16,7 +16,7 @@ LIST = ROOT / "book" / "chapters.yml"
 BEGIN, END = "<!-- chapters: begin -->", "<!-- chapters: end -->"
 # What the table of contents has beside the chapters.
 AFTER = {
-    "Labs": ["labs/learning-rate", "labs/init-rank", "labs/quantization-bits"],
+    "Labs": ["labs/learning-rate", "labs/init-rank", "labs/quantization-bits", "labs/long-sequences"],
     "Reference": [
         "book/past-one-machine",
         "book/kernels",

@@ -561,6 +561,39 @@ def test_delta_relu_triton(device, drawn):
 
 
 @st.composite
+def groups(draw, pairs):
+    size = 2 if pairs else draw(st.integers(1, 6))
+    return draw(tensors(draw(sizes), size * draw(sizes), dtype=draw(dtypes))), size
+
+
+def check_groups(drawn, backend):
+    """By numpy's stable sort; the gradient of an entry is that of the place where it went."""
+    x, size = drawn
+    x = x.detach().requires_grad_()
+    y = kernels.group_sort(x, size, backend=backend)
+    weights = torch.arange(x.numel(), dtype=torch.float64).view(x.shape) % 128
+    (found,) = torch.autograd.grad(y, x, weights.to(x.dtype))
+    own = x.detach().double().numpy().reshape(len(x), -1, size)
+    order = np.argsort(own, -1, kind="stable")
+    back = np.zeros_like(own)
+    np.put_along_axis(back, order, weights.numpy().reshape(own.shape), -1)
+    np.testing.assert_array_equal(y.detach().double().reshape(own.shape), np.take_along_axis(own, order, -1))
+    np.testing.assert_array_equal(found.double().reshape(own.shape), back)
+
+
+@REFERENCE
+@given(groups(False))
+def test_group_sort_reference(drawn):
+    check_groups(drawn, "reference")
+
+
+@TRITON
+@given(groups(True))
+def test_group_sort_triton(device, drawn):
+    check_groups(drawn, "triton")
+
+
+@st.composite
 def stats_rows(draw):
     return draw(tensors(draw(sizes), draw(sizes), dtype=torch.float32)), draw(st.integers(1, 6))
 

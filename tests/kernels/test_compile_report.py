@@ -15,7 +15,7 @@ NVIDIA = [target for target in compile_report.TARGETS if target.startswith("sm_"
 # Tensors of a few hundred entries, whose loads are no traffic; values of which a launch reads one a row or a group.
 SMALL = {"weight", "bias", "v", "numerator", "denominator", "A", "sums", "partial", "b_r", "b_g", "b_b", "grad_b"}
 # In the names of cases whose rows are no multiple of 16 bytes.
-ODD = ("x1001", "x1041", "->1041", "x4099", "17003", "17x17")
+ODD = ("x1001", "x1041", "->1041", "x4099", "17003", "17x17", "999x34")
 A_ROW = {"rate", "decay", "means", "rstds", "mean_out", "rstd_out", "int_bits"}
 
 
@@ -51,6 +51,8 @@ def is_narrow(op, record):
     small = SMALL | A_ROW | ({"x", "y", "scale"} if op == "phm_linear" else {"scale"})
     if op == "binary_linear":  # packed, a thirty-second of what is read; and one row, with a number for each row of w
         small |= {"x", "y"} if record["kernel"] == "few_rows_kernel" else {"words"}
+    if op == "group_sort":  # a bit for two entries
+        small |= {"words"}
     if op == "masked_gemm_reduce":  # a number for each row, and a word for 32 entries of it
         small |= {"r", "words"}
     if op == "mkor_refresh":  # numbers of a tile and of its rows, and of these one sum for each tile beside it

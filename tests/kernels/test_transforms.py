@@ -68,6 +68,7 @@ SMOOTH = {
         lambda u, v, x: kernels.s4d_scan(u, torch.complex(v, -v), torch.complex(-x.exp(), x)),
         [normal(2, 2, 5), normal(2, 3, seed=1), normal(2, 3, seed=2)],
     ),
+    "group_sort": (lambda x: kernels.group_sort(x, 3), [normal(2, 6)]),
     "sparse_down": (
         lambda v, w: kernels.sparse_down(v, torch.tensor([[0, 2], [1, 1]]), w), [normal(2, 2), normal(3, 4, seed=1)]
     ),
