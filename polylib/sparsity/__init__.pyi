@@ -13,6 +13,12 @@ from .delta_network import FrameNetwork as FrameNetwork
 from .delta_network import delta_inference as delta_inference
 from .gaussian_moe import GaussianMoE as GaussianMoE
 from .gaussian_moe import dense_to_sparse_gate as dense_to_sparse_gate
+from .group_products import from_groups as from_groups
+from .group_products import to_groups as to_groups
+from .hidden_router import HiddenDimensionRouter as HiddenDimensionRouter
+from .hidden_router import Routing as Routing
+from .hidden_router import balance_loss as balance_loss
+from .hidden_router import recorded_routing as recorded_routing
 from .lazy_neuron import activation_sparsity as activation_sparsity
 from .lazy_neuron import firing_rates as firing_rates
 from .moe_distance import hellinger as hellinger
@@ -20,6 +26,9 @@ from .moe_distance import voronoi_loss as voronoi_loss
 from .moe_estimation import MoEFit as MoEFit
 from .moe_estimation import fisher_information as fisher_information
 from .moe_estimation import fit_mle as fit_mle
+from .mohd_sublayer import GroupFusion as GroupFusion
+from .mohd_sublayer import MoHDSublayer as MoHDSublayer
+from .mohd_sublayer import activated_parameters as activated_parameters
 from .routing import SparseOTRouter as SparseOTRouter
 from .sparse_transport import SparseOTResult as SparseOTResult
 from .sparse_transport import sparse_ot as sparse_ot

@@ -78,6 +78,18 @@ class Predicted(nn.Module):
         return torch.cat([value.flatten(1) for value in self.inner(gamma=gamma).values()], 1)
 
 
+class Routed(nn.Module):
+    """Gates and the balance loss as a module of one output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = sparsity.HiddenDimensionRouter(16, 8, 4, 1)
+
+    def forward(self, u: torch.Tensor) -> torch.Tensor:
+        gate, balance = self.inner(u)
+        return gate + balance
+
+
 class Attended(nn.Module):
     """A power-law graph attention without its caches."""
 
@@ -156,6 +168,8 @@ EXAMPLES: dict[str, tuple[Callable[[], nn.Module], Callable[[int], torch.Tensor]
         lambda n: torch.randn(n, 4, 5, 6),
     ),
     "GroupRational": (lambda: neurons.GroupRational(8, groups=2), lambda n: torch.randn(n, 8)),
+    "GroupFusion": (lambda: sparsity.GroupFusion(12, 3), lambda n: torch.randn(n, 5, 12)),
+    "HiddenDimensionRouter": (Routed, lambda n: torch.randn(n, 5, 16)),
     "ImplicitFilter": (Filtered, lambda n: 0.1 * torch.randn(n, 3, 7)),
     "KernelizedSelfAttention": (
         lambda: sequences.KernelizedSelfAttention(8, 2, 7, causal=True),
@@ -166,6 +180,10 @@ EXAMPLES: dict[str, tuple[Callable[[], nn.Module], Callable[[int], torch.Tensor]
     "LongConvolution": (lambda: sequences.LongConvolution(4, 7, causal=False), lambda n: torch.randn(n, 7, 4)),
     "MIPHyperNet": (Predicted, lambda n: torch.rand(n, 3)),
     "MetricLearner": (Inferred, lambda n: torch.randn(n, 2, 7, 4)),
+    "MoHDSublayer": (
+        lambda: sparsity.MoHDSublayer(nn.Sequential(nn.Linear(16, 9), nn.GELU(), nn.Linear(9, 16)), 16, 8, 4, 2),
+        lambda n: torch.randn(n, 5, 16),
+    ),
     "MonarchLinear": (lambda: sequences.MonarchLinear(8, 6, 2), lambda n: torch.randn(n, 8)),
     "MonarchMixer": (lambda: sequences.MonarchMixer(4, 7, causal=True), lambda n: torch.randn(n, 7, 4)),
     "PHConv1d": (lambda: neurons.PHConv1d(4, 6, 3, n=2), lambda n: torch.randn(n, 4, 9)),
