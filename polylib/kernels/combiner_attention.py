@@ -524,7 +524,9 @@ def combiner_attention(
         raise ValueError(f'backend="triton" needs d and e of at most {MOST_NUMBERS}, got {d} and {value.shape[-1]}')
     if chosen == "triton" and fits:
         return _forward(query, key, value, span, causal)[0]
-    return combiner_attention_reference(query, key, value, span, causal)
+    device = value.device.type if torch.amp.is_autocast_available(value.device.type) else "cpu"
+    with torch.autocast(device, enabled=False):  # which would round the scores
+        return combiner_attention_reference(query, key, value, span, causal)
 
 
 # --- cost -------------------------------------------------------------------------------------------------------------
