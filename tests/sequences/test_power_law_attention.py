@@ -249,6 +249,12 @@ def test_regularizer_is_that_of_its_definition():
     assert dag_regularizer(M).item() == pytest.approx(np.mean(each))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_regularizer_of_half_precisions_is_computed_in_float32(dtype):
+    M = (0.3 * torch.eye(5)).to(dtype)
+    torch.testing.assert_close(dag_regularizer(M), dag_regularizer(M.float()))
+
+
 def test_regularizer_is_zero_without_cycles_alone():
     acyclic = heads(5, 5).triu(1)[torch.randperm(5)]
     order = torch.randperm(5)
