@@ -32,11 +32,14 @@ def bilinear_attention(q: Tensor, k: Tensor, v: Tensor, G: Tensor, causal: bool 
         q: `(batch, heads, n, d)`.
         k, v: `(batch, heads, m, d)`.
         G: `(heads, d, d)`, or `(batch, heads, d, d)`; it need be neither symmetric nor positive.
-        causal: the queries are the last n of m positions, and none sees a later key: 1e9 is taken off its score.
+        causal: the queries are the last n of m positions, and none sees a later key.
 
     Raises:
+        TypeError: tensors that are not floating.
         ValueError: shapes that don't fit, or with `causal` fewer keys than queries.
     """
+    for name, value in (("q", q), ("k", k), ("v", v), ("G", G)):
+        _checks.floating(f"dtype of {name}", value.dtype)
     _checks.shape("q", q, "(batch, heads, n, d)", q.dim() == 4)
     batch, heads, n, d = q.shape
     fits = k.dim() == 4 and k.shape[:2] == q.shape[:2] and k.shape[3] == d and not (causal and k.shape[2] < n)
@@ -50,7 +53,7 @@ def bilinear_attention(q: Tensor, k: Tensor, v: Tensor, G: Tensor, causal: bool 
     scores = q @ G @ k.transpose(-2, -1) / d**0.5
     if causal:
         m = k.shape[2]
-        scores = scores + scores.new_full((n, m), -1e9).triu(m - n + 1)
+        scores = scores.masked_fill(scores.new_ones(n, m, dtype=torch.bool).triu(m - n + 1), -torch.inf)
     return scores.softmax(-1).to(v.dtype) @ v
 
 

@@ -140,6 +140,25 @@ def test_gradients_of_bilinear_attention():
     assert torch.autograd.gradcheck(bilinear_attention, (*inputs, heads(2, 2, 2, seed=9).requires_grad_()))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precisions_attend(dtype):
+    q, k, v, G = (t.to(dtype) for t in (*heads(3, 2, 3, 5, 4), heads(3, 4, 4)))
+    found = bilinear_attention(q, k, v, G)
+    assert found.dtype == dtype
+    exact = bilinear_attention(*(t.double() for t in (q, k, v, G)))
+    torch.testing.assert_close(found.double(), exact, rtol=0.1, atol=0.1)
+
+
+def test_no_score_is_too_large_for_the_mask():
+    q, k, v = heads(3, 1, 2, 5, 4)
+    k = k.clone()
+    k[:, :, -1] = 1e12 * q[:, :, 0]
+    eye = torch.eye(4).double().expand(2, 4, 4)
+    torch.testing.assert_close(
+        bilinear_attention(q, k, v, eye)[:, :, :-1], bilinear_attention(q[:, :, :-1], k[:, :, :-1], v[:, :, :-1], eye)
+    )
+
+
 def test_layer_written_out():
     made, x = attention(), heads(2, 5, 12)
     q, k, v = (f(x).view(2, 5, 3, 4).transpose(1, 2) for f in (made.query, made.key, made.value))
@@ -278,6 +297,8 @@ def test_bad_input_is_refused():
         dag_regularizer(torch.ones(3, 3).long())
     with pytest.raises(ValueError, match="even d"):
         rotate_by_position(torch.randn(4, 3))
+    with pytest.raises(TypeError, match="dtype of x must be"):
+        rotate_by_position(torch.ones(4, 2).long())
     q = torch.randn(1, 2, 4, 4)
     eye = torch.eye(4).expand(2, 4, 4)
     with pytest.raises(ValueError, match="at least n"):
@@ -286,6 +307,11 @@ def test_bad_input_is_refused():
         bilinear_attention(q, q, q, eye[0])
     with pytest.raises(ValueError, match="v must"):
         bilinear_attention(q, q, q[:, :, :3], eye)
+    for at, name in enumerate("qkvG"):
+        given = [q, q, q, eye]
+        given[at] = given[at].long()
+        with pytest.raises(TypeError, match=f"dtype of {name} must be"):
+            bilinear_attention(*given)
     with pytest.raises(ValueError, match="x must"):
         attention()(heads(2, 5, 11))
 
