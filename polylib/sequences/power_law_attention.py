@@ -101,11 +101,14 @@ class PowerLawGraphAttention(nn.Module):
             The output `(batch, n, d_model)`, the cache for the tokens after `x`, and what was inferred.
 
         Raises:
-            ValueError: another shape, or a cache without `A` and no `g_cache`.
+            ValueError: another shape, a cache of another batch, or a cache without `A` and no `g_cache`.
         """
         fits = x.dim() == 3 and x.shape[2] == self.d_model
         _checks.shape("x", x, f"(batch, n, {self.d_model})", fits)
-        heads = self.metric.W.shape[0]
+        heads, d_head = self.metric.W.shape[:2]
+        if kv_cache is not None:
+            fits = kv_cache.k.dim() == 4 and kv_cache.k.shape[:2] == (len(x), heads) and kv_cache.k.shape[3] == d_head
+            _checks.shape("kv_cache.k", kv_cache.k, f"({len(x)}, {heads}, n, {d_head}), as x", fits)
         q, k, v = (f(x).unflatten(-1, (heads, -1)).transpose(1, 2) for f in (self.query, self.key, self.value))
         start = 0 if kv_cache is None else kv_cache.k.shape[2]
         q, k = rotate_by_position(q, start), rotate_by_position(k, start)

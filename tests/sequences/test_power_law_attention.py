@@ -328,6 +328,10 @@ def test_bad_input_of_a_decoder_is_refused():
         made.generate(text, 2, "g")
     with pytest.raises(ValueError, match="steps"):
         made.generate(text, -1)
+    with pytest.raises(TypeError, match=r"tokens must be of dtype .* got torch.uint8"):
+        made.generate(text.byte(), 2)
+    with pytest.raises(ValueError, match=r"kv_cache.k must have shape \(1, 3, n, 4\), as x, got \(2, 3, 5, 4\)"):
+        made.run(text[:1, :1], made.run(text)[1])
     caches = made.run(text, g_cache=heads(2, 3, 4, 4))[1]
     with pytest.raises(ValueError, match="g_cache must be given"):
         made.run(text, caches)
