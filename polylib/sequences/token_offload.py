@@ -22,8 +22,9 @@ class TokenwiseOffload(nn.Module):
     may differ in the rounding of a matrix product; with a fraction of 0 or 1 not even in that.
 
     Copies run in the order of the layer's own work: they free memory, but nothing hides them. Parameters and buffers
-    must not change between forward and backward. Under `torch.no_grad()` nothing is kept, as usual; `torch.compile`
-    leaves the layer as it is, and compiles what is around it.
+    must not change between forward and backward: a change in place raises there, as it does for the layer alone. Under
+    `torch.no_grad()` nothing is kept, as usual; `torch.compile` leaves the
+    layer as it is, and compiles what is around it.
 
     Args:
         layer: of the kind that `TokenwiseLayer` describes, such as `GPTLayer`; input `(batch, tokens, width)`.
