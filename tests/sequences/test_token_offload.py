@@ -187,6 +187,12 @@ def test_weights_may_be_updated_as_soon_as_their_gradients_are_there():
         torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)
 
 
+def test_under_func_the_layer_is_as_it_is():
+    x, plain, module = inputs(), network(1), network(1, 0.5)
+    found = torch.func.grad(lambda x: module(x).square().mean())(x)
+    torch.testing.assert_close(found, gradients(plain, x)[1])
+
+
 def test_without_gradients_nothing_is_kept():
     module = network(1, 0.5)
     with torch.no_grad():
