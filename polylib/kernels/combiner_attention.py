@@ -26,6 +26,7 @@ parts. No atomic additions. For d and e up to 128, any span.
 from __future__ import annotations
 
 import math
+import numbers
 from typing import Any
 
 import torch
@@ -514,8 +515,9 @@ def combiner_attention(
     batch, heads, length, d = query.shape
     check_shape("key", key, (batch, heads, length, d), "(B, H, L, d)")
     check_shape("value", value, (batch, heads, length, value.shape[-1] if value.dim() else 0), "(B, H, L, e)")
-    if not isinstance(span, int) or isinstance(span, bool):
+    if not isinstance(span, numbers.Integral) or isinstance(span, bool):
         raise TypeError(f"span must be an integer, got {type(span).__name__}")
+    span = span if isinstance(span, int) else int(span)  # such as numpy's
     if span < 1 or length % span:
         raise ValueError(f"span must be at least 1 and divide L = {length}, got {span}")
     chosen = choose_backend(backend, value)
@@ -524,7 +526,9 @@ def combiner_attention(
         raise ValueError(f'backend="triton" needs d and e of at most {MOST_NUMBERS}, got {d} and {value.shape[-1]}')
     if chosen == "triton" and fits:
         return _forward(query, key, value, span, causal)[0]
-    return combiner_attention_reference(query, key, value, span, causal)
+    device = value.device.type if torch.amp.is_autocast_available(value.device.type) else "cpu"
+    with torch.autocast(device, enabled=False):  # which would round the scores
+        return combiner_attention_reference(query, key, value, span, causal)
 
 
 # --- cost -------------------------------------------------------------------------------------------------------------

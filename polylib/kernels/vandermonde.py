@@ -58,7 +58,9 @@ def vandermonde_factored(v: Tensor, x: Tensor, L: int) -> Tensor:
     first, second = (torch.arange(n, device=x.device) for n in (-(-L // T), T))
     U = v[..., None, :] * _exponentials(x, T * first).mT
     E = _exponentials(x, second)
-    K = U.real @ E.real - U.imag @ E.imag
+    device = x.device.type if torch.amp.is_autocast_available(x.device.type) else "cpu"
+    with torch.autocast(device, enabled=False):  # it would leave the products of complex64 three digits
+        K = U.real @ E.real - U.imag @ E.imag
     return 2 * K.flatten(-2)[..., :L]
 
 
@@ -262,7 +264,7 @@ def vandermonde(v: Tensor, x: Tensor, L: int, *, backend: str = "auto") -> Tenso
             kernels can be differentiated once.
 
     Returns:
-        (..., L), real.
+        (..., L), real, of the precision of v, under `torch.autocast`, too.
 
     Raises:
         ValueError: shapes or devices that don't fit, an L that is no positive integer, an unknown backend.

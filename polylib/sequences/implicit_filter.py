@@ -103,7 +103,13 @@ class LongConvolution(nn.Module):
         self.beta = nn.Parameter(torch.randn(channels))
 
     def forward(self, u: Tensor) -> Tensor:
-        """Return (..., N, channels) of the same, N up to `l_max`."""
+        """Return (..., N, channels) of the same, N up to `l_max`.
+
+        Raises:
+            TypeError: inputs that are not floating.
+            ValueError: another shape.
+        """
+        _checks.shape("u", u, f"(..., N, {len(self.beta)})", u.dim() >= 2 and u.shape[-1] == len(self.beta))
         k = self.filter(u.shape[-2])
         if self.filter_back is None:
             y = causal_convolution(u.mT, k)

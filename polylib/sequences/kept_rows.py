@@ -50,7 +50,9 @@ class KeptRows:
         self.layer, self.rows = layer, rows
         self.batch, self.tokens = x.shape[:2]
         self.device, self.host, self.pin = x.device, host, pin and x.is_cuda
-        self.weights = {_key(tensor) for tensor in (*layer.parameters(), *layer.buffers())}
+        weights = (*layer.parameters(), *layer.buffers())
+        self.weights = {_key(tensor) for tensor in weights}
+        self.versions = [(tensor, tensor._version) for tensor in weights]
         self.storages: dict[int, _Storage] = {}
         self.boxes: list[_Box] = []
         self.counts = dict.fromkeys(("before", "attend", "after"), 0)
@@ -66,7 +68,7 @@ class KeptRows:
 
         def pack(tensor: Tensor) -> Any:
             if _key(tensor) in self.weights:
-                return tensor
+                return tensor, tensor._version
             box = _Box(tensor)
             box.key = self.add(tensor, piece, self.counts[piece])
             self.counts[piece] += 1
@@ -126,8 +128,9 @@ class KeptRows:
 
     def open(self, box: Any) -> Tensor:
         """The saved tensor, as autograd asks for it."""
-        if isinstance(box, Tensor):
-            return box
+        if isinstance(box, tuple):
+            _unchanged(*box)
+            return box[0]
         if box.tensor is not None:  # a backward pass inside the layer
             return box.tensor
         own = self.storages[box.key]
@@ -149,6 +152,8 @@ class KeptRows:
                 whole[:, : own.rows].copy_(own.host, non_blocking=self.pin)
                 self.whole[key] = whole
         if self.rows < self.tokens:
+            for weight, version in self.versions:
+                _unchanged(weight, version)
             self._recompute()
 
     @torch.enable_grad()
@@ -198,6 +203,13 @@ class _Enough(Exception):
 
 def _never(_: Any) -> Any:
     raise AssertionError("no gradient is taken through what is recomputed")
+
+
+def _unchanged(weight: Tensor, version: int) -> None:
+    """Raise if a weight was changed in place: torch itself looks only at what no hook has kept."""
+    if weight._version != version:
+        shape = tuple(weight.shape)
+        raise RuntimeError(f"weights of layer must not change between forward and backward, got a changed one, {shape}")
 
 
 def _key(tensor: Tensor) -> int:

@@ -40,7 +40,7 @@ def checked(sizes: Tensor | Sequence[int], starts: Tensor | Sequence[int], ends:
     columns = []
     for name, column in (("sizes", sizes), ("starts", starts), ("ends", ends)):
         own = torch.as_tensor(column).cpu()
-        if own.dim() != 1 or own.is_complex() or (own.is_floating_point() and not (own == own.round()).all()):
+        if own.dim() != 1 or own.is_complex() or (own.is_floating_point() and not _whole(own)):
             raise ValueError(f"{name} must be a vector of whole numbers, got {own.tolist()!r:.80}")
         columns.append(own.long())
     requests = Requests(*columns)
@@ -54,6 +54,10 @@ def checked(sizes: Tensor | Sequence[int], starts: Tensor | Sequence[int], ends:
         times = f"{int(requests.starts[k])} to {int(requests.ends[k])}"
         raise ValueError(f"ends must be after starts, got {times} for tensor {k}")
     return requests
+
+
+def _whole(column: Tensor) -> bool:
+    return bool(((column == column.round()) & column.isfinite()).all())
 
 
 def pairs_at_once(requests: Requests) -> Tensor:

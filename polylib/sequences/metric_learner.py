@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from polylib import _checks
+from polylib.kernels._common import widened
 
 _EPSILON = 1e-9  # of the metric tensor, so that its powers exist
 
@@ -120,7 +121,7 @@ def dag_regularizer(M: Tensor) -> Tensor:
 
     M * M is taken entry by entry, exp is that of a matrix. A matrix is the adjacency matrix of a graph without cycles
     exactly if its distance is 0. Multiplied by coefficients and added to the loss for A_LM, A_P and G_LM, it draws them
-    towards such matrices. Entries of about ten overflow.
+    towards such matrices. Entries of about ten overflow. Half precisions are computed, and returned, in float32.
 
     Raises:
         TypeError: entries that are not floating.
@@ -129,7 +130,8 @@ def dag_regularizer(M: Tensor) -> Tensor:
     _checks.floating("dtype of M", M.dtype)
     fits = M.dim() >= 2 and M.shape[-1] == M.shape[-2] and M.numel() > 0
     _checks.shape("M", M, "(..., d, d) with at least one entry", fits)
-    trace = torch.matrix_exp(M * M).diagonal(dim1=-2, dim2=-1).mean(-1)
+    wide = widened(M)
+    trace = torch.matrix_exp(wide * wide).diagonal(dim1=-2, dim2=-1).mean(-1)
     return trace.log().abs().mean()
 
 

@@ -34,7 +34,13 @@ class ShortConvolution(nn.Module):
         self.bias = nn.Parameter(torch.empty(channels).uniform_(-bound, bound))
 
     def forward(self, x: Tensor) -> Tensor:
-        size = self.weight.shape[1]
+        """Return (..., N, channels) of the same.
+
+        Raises:
+            ValueError: another shape.
+        """
+        channels, size = self.weight.shape
+        _checks.shape("x", x, f"(..., N, {channels})", x.dim() >= 2 and x.shape[-1] == channels)
         # A few shifted products: torch's own depthwise convolution is several times slower on a CPU.
         past = F.pad(x, (0, 0, size - 1, 0))
         y = self.bias + self.weight[:, -1] * x

@@ -83,6 +83,7 @@ class PLDRDecoder(nn.Module):
                 those of `freeze_metric`, or else those that each sequence has.
 
         Raises:
+            TypeError: tokens that are not integers of torch's embeddings.
             ValueError: another shape.
         """
         return self.run(tokens, g_cache=self.frozen if g_cache is None else g_cache)[0]
@@ -94,6 +95,8 @@ class PLDRDecoder(nn.Module):
 
         `kv_caches` are of the tokens before these; `g_cache` as in `forward`, but None means that G is inferred.
         """
+        if tokens.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"tokens must be of dtype torch.int64 or torch.int32, got {tokens.dtype}")
         _checks.shape("tokens", tokens, "(batch, length)", tokens.dim() == 2)
         layers = len(self.blocks)
         for name, given in (("kv_caches", kv_caches), ("g_cache", g_cache)):

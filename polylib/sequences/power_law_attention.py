@@ -32,11 +32,14 @@ def bilinear_attention(q: Tensor, k: Tensor, v: Tensor, G: Tensor, causal: bool 
         q: `(batch, heads, n, d)`.
         k, v: `(batch, heads, m, d)`.
         G: `(heads, d, d)`, or `(batch, heads, d, d)`; it need be neither symmetric nor positive.
-        causal: the queries are the last n of m positions, and none sees a later key: 1e9 is taken off its score.
+        causal: the queries are the last n of m positions, and none sees a later key.
 
     Raises:
+        TypeError: tensors that are not floating.
         ValueError: shapes that don't fit, or with `causal` fewer keys than queries.
     """
+    for name, value in (("q", q), ("k", k), ("v", v), ("G", G)):
+        _checks.floating(f"dtype of {name}", value.dtype)
     _checks.shape("q", q, "(batch, heads, n, d)", q.dim() == 4)
     batch, heads, n, d = q.shape
     fits = k.dim() == 4 and k.shape[:2] == q.shape[:2] and k.shape[3] == d and not (causal and k.shape[2] < n)
@@ -50,7 +53,7 @@ def bilinear_attention(q: Tensor, k: Tensor, v: Tensor, G: Tensor, causal: bool 
     scores = q @ G @ k.transpose(-2, -1) / d**0.5
     if causal:
         m = k.shape[2]
-        scores = scores + scores.new_full((n, m), -1e9).triu(m - n + 1)
+        scores = scores.masked_fill(scores.new_ones(n, m, dtype=torch.bool).triu(m - n + 1), -torch.inf)
     return scores.softmax(-1).to(v.dtype) @ v
 
 
@@ -98,11 +101,14 @@ class PowerLawGraphAttention(nn.Module):
             The output `(batch, n, d_model)`, the cache for the tokens after `x`, and what was inferred.
 
         Raises:
-            ValueError: another shape, or a cache without `A` and no `g_cache`.
+            ValueError: another shape, a cache of another batch, or a cache without `A` and no `g_cache`.
         """
         fits = x.dim() == 3 and x.shape[2] == self.d_model
         _checks.shape("x", x, f"(batch, n, {self.d_model})", fits)
-        heads = self.metric.W.shape[0]
+        heads, d_head = self.metric.W.shape[:2]
+        if kv_cache is not None:
+            fits = kv_cache.k.dim() == 4 and kv_cache.k.shape[:2] == (len(x), heads) and kv_cache.k.shape[3] == d_head
+            _checks.shape("kv_cache.k", kv_cache.k, f"({len(x)}, {heads}, n, {d_head}), as x", fits)
         q, k, v = (f(x).unflatten(-1, (heads, -1)).transpose(1, 2) for f in (self.query, self.key, self.value))
         start = 0 if kv_cache is None else kv_cache.k.shape[2]
         q, k = rotate_by_position(q, start), rotate_by_position(k, start)

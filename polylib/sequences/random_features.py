@@ -54,7 +54,8 @@ def positive_random_features(x: Tensor, proj: Tensor, normalize: bool = True) ->
         normalize: divide each x by its length first.
 
     Returns:
-        (..., n, m), in at least float32. Large x overflow, or vanish all at once.
+        (..., n, m), in at least float32. Large x overflow, or vanish all at once; normalised, x may have lengths from
+        10^-12 to 10^19: shorter ones stay shorter than 1, longer ones count as 0.
 
     Raises:
         TypeError: tensors that are not floating.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from polylib import _checks
+from polylib.kernels._common import transformed
 from polylib.sequences.gpt_layer import TokenwiseLayer
 from polylib.sequences.kept_rows import KeptRows, alone
 
@@ -22,8 +23,9 @@ class TokenwiseOffload(nn.Module):
     may differ in the rounding of a matrix product; with a fraction of 0 or 1 not even in that.
 
     Copies run in the order of the layer's own work: they free memory, but nothing hides them. Parameters and buffers
-    must not change between forward and backward. Under `torch.no_grad()` nothing is kept, as usual; `torch.compile`
-    leaves the layer as it is, and compiles what is around it.
+    must not change between forward and backward: a change in place raises there, as it does for the layer alone. Under
+    `torch.no_grad()` nothing is kept, as usual, and under `torch.func` nothing is swapped; `torch.compile` leaves the
+    layer as it is, and compiles what is around it.
 
     Args:
         layer: of the kind that `TokenwiseLayer` describes, such as `GPTLayer`; input `(batch, tokens, width)`.
@@ -55,7 +57,7 @@ class TokenwiseOffload(nn.Module):
         layer: Any = self.layer
         if x.dim() != 3:
             raise ValueError(f"x must have shape (batch, tokens, width), got {tuple(x.shape)}")
-        if not torch.is_grad_enabled() or x.is_meta or x.numel() == 0:
+        if not torch.is_grad_enabled() or x.is_meta or x.numel() == 0 or transformed():
             return layer.after(x, layer.attend(*layer.before(x)))
         return self._swapped(layer, alone(x))
 

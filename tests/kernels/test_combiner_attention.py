@@ -4,6 +4,7 @@ import itertools
 import math
 from importlib import import_module
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -184,6 +185,20 @@ def test_autocast_vmap_and_compile(device):
         lambda *t: combiner_attention(*t, 3, backend="triton"), fullgraph=True, backend="aot_eager"
     )
     torch.testing.assert_close(compiled(*tensors), combiner_attention(*tensors, 3, backend="triton"))
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_autocast_rounds_the_inputs_and_not_the_scores(backend, device):
+    q, k, v = inputs(1, 2, 24, 16, 4, device=device)
+    rounded = [t.bfloat16() for t in (8 * q, k, v)]
+    with torch.autocast(device.type, torch.bfloat16):
+        found = combiner_attention(8 * q, k, v, 4, backend=backend)
+    torch.testing.assert_close(found, combiner_attention(*rounded, 4, backend=backend), rtol=0, atol=0)
+
+
+def test_an_integer_of_numpy_is_one():
+    tensors = inputs(1, 1, 6, 2, 2)
+    torch.testing.assert_close(combiner_attention(*tensors, np.int64(3)), combiner_attention(*tensors, 3))
 
 
 def test_wider_than_the_kernels(device):

@@ -66,6 +66,14 @@ def test_against_numpy(backend, device):
 
 
 @BACKENDS
+def test_autocast_takes_no_digits(backend, device):
+    v, x = (t.detach() for t in waves(2, 7, device=device))
+    with torch.autocast(device.type, torch.bfloat16):
+        found = vandermonde(v, x, 50, backend=backend)
+    torch.testing.assert_close(found, vandermonde(v, x, 50, backend=backend), rtol=0, atol=0)
+
+
+@BACKENDS
 def test_many_turns_keep_their_phase(backend, device):
     """Without decay, after some ten thousand radians: float32 would be off by a thousandth of a turn."""
     v, x = waves(1, 4, device=device, decay=0.0, spin=10.0)

@@ -161,6 +161,7 @@ def test_layers_follow_each_other():
         (([1, 1], [0], [1, 1]), "same length"),
         (([1.5], [0], [1]), "sizes must be a vector of whole numbers"),
         (([[1]], [0], [1]), "sizes must be a vector"),
+        (([1.0], [0.0], [float("inf")]), r"ends must be a vector of whole numbers, got \[inf\]"),
     ],
 )
 def test_bad_requests(columns, words):

@@ -172,6 +172,11 @@ def test_bad_input():
         ShortConvolution(4, 0)
     with pytest.raises(ValueError, match="L must be"):
         LongConvolution(4, 9, True)(torch.zeros(2, 10, 4))
+    for shape in ((2, 9, 1), (2, 9, 5), (4,)):  # one channel would be broadcast
+        with pytest.raises(ValueError, match=r"u must have shape \(\.\.\., N, 4\)"):
+            LongConvolution(4, 9, True)(torch.zeros(shape))
+        with pytest.raises(ValueError, match=r"x must have shape \(\.\.\., N, 4\)"):
+            ShortConvolution(4)(torch.zeros(shape))
     with pytest.raises(ValueError, match="K_back must have shape"):
         two_sided_convolution(torch.zeros(4), torch.zeros(4), torch.zeros(3))
     with pytest.raises(TypeError, match="dtype of u must be"):

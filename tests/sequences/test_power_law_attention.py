@@ -140,6 +140,25 @@ def test_gradients_of_bilinear_attention():
     assert torch.autograd.gradcheck(bilinear_attention, (*inputs, heads(2, 2, 2, seed=9).requires_grad_()))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precisions_attend(dtype):
+    q, k, v, G = (t.to(dtype) for t in (*heads(3, 2, 3, 5, 4), heads(3, 4, 4)))
+    found = bilinear_attention(q, k, v, G)
+    assert found.dtype == dtype
+    exact = bilinear_attention(*(t.double() for t in (q, k, v, G)))
+    torch.testing.assert_close(found.double(), exact, rtol=0.1, atol=0.1)
+
+
+def test_no_score_is_too_large_for_the_mask():
+    q, k, v = heads(3, 1, 2, 5, 4)
+    k = k.clone()
+    k[:, :, -1] = 1e12 * q[:, :, 0]
+    eye = torch.eye(4).double().expand(2, 4, 4)
+    torch.testing.assert_close(
+        bilinear_attention(q, k, v, eye)[:, :, :-1], bilinear_attention(q[:, :, :-1], k[:, :, :-1], v[:, :, :-1], eye)
+    )
+
+
 def test_layer_written_out():
     made, x = attention(), heads(2, 5, 12)
     q, k, v = (f(x).view(2, 5, 3, 4).transpose(1, 2) for f in (made.query, made.key, made.value))
@@ -249,6 +268,12 @@ def test_regularizer_is_that_of_its_definition():
     assert dag_regularizer(M).item() == pytest.approx(np.mean(each))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_regularizer_of_half_precisions_is_computed_in_float32(dtype):
+    M = (0.3 * torch.eye(5)).to(dtype)
+    torch.testing.assert_close(dag_regularizer(M), dag_regularizer(M.float()))
+
+
 def test_regularizer_is_zero_without_cycles_alone():
     acyclic = heads(5, 5).triu(1)[torch.randperm(5)]
     order = torch.randperm(5)
@@ -272,6 +297,8 @@ def test_bad_input_is_refused():
         dag_regularizer(torch.ones(3, 3).long())
     with pytest.raises(ValueError, match="even d"):
         rotate_by_position(torch.randn(4, 3))
+    with pytest.raises(TypeError, match="dtype of x must be"):
+        rotate_by_position(torch.ones(4, 2).long())
     q = torch.randn(1, 2, 4, 4)
     eye = torch.eye(4).expand(2, 4, 4)
     with pytest.raises(ValueError, match="at least n"):
@@ -280,6 +307,11 @@ def test_bad_input_is_refused():
         bilinear_attention(q, q, q, eye[0])
     with pytest.raises(ValueError, match="v must"):
         bilinear_attention(q, q, q[:, :, :3], eye)
+    for at, name in enumerate("qkvG"):
+        given = [q, q, q, eye]
+        given[at] = given[at].long()
+        with pytest.raises(TypeError, match=f"dtype of {name} must be"):
+            bilinear_attention(*given)
     with pytest.raises(ValueError, match="x must"):
         attention()(heads(2, 5, 11))
 
@@ -296,6 +328,10 @@ def test_bad_input_of_a_decoder_is_refused():
         made.generate(text, 2, "g")
     with pytest.raises(ValueError, match="steps"):
         made.generate(text, -1)
+    with pytest.raises(TypeError, match=r"tokens must be of dtype .* got torch.uint8"):
+        made.generate(text.byte(), 2)
+    with pytest.raises(ValueError, match=r"kv_cache.k must have shape \(1, 3, n, 4\), as x, got \(2, 3, 5, 4\)"):
+        made.run(text[:1, :1], made.run(text)[1])
     caches = made.run(text, g_cache=heads(2, 3, 4, 4))[1]
     with pytest.raises(ValueError, match="g_cache must be given"):
         made.run(text, caches)

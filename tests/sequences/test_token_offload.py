@@ -166,6 +166,33 @@ def test_frozen_weights_and_an_input_without_gradient():
             torch.testing.assert_close(p.grad, q.grad, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("fraction", FRACTIONS)
+@pytest.mark.parametrize("name", ["up.weight", "norm1.weight"])
+def test_a_weight_that_changes_before_backward_is_an_error(fraction, name):
+    module = network(1, fraction)
+    y = module(inputs().requires_grad_())
+    with torch.no_grad():
+        module[0].layer.get_parameter(name).mul_(2)
+    with pytest.raises(RuntimeError, match="must not change between forward and backward"):
+        y.sum().backward()
+
+
+def test_weights_may_be_updated_as_soon_as_their_gradients_are_there():
+    plain, module = network(), network(fraction=0.5)
+    for own in (plain, module):
+        for p in own.parameters():
+            p.register_post_accumulate_grad_hook(lambda p: torch.no_grad()(p.sub_)(p.grad))
+        own(inputs()).square().mean().backward()
+    for p, q in zip(plain.parameters(), module.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)
+
+
+def test_under_func_the_layer_is_as_it_is():
+    x, plain, module = inputs(), network(1), network(1, 0.5)
+    found = torch.func.grad(lambda x: module(x).square().mean())(x)
+    torch.testing.assert_close(found, gradients(plain, x)[1])
+
+
 def test_without_gradients_nothing_is_kept():
     module = network(1, 0.5)
     with torch.no_grad():
