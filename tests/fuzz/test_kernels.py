@@ -594,6 +594,37 @@ def test_group_sort_triton(device, drawn):
 
 
 @st.composite
+def boxes(draw):
+    M, K, N, dtype = draw(sizes), draw(sizes), draw(sizes), draw(dtypes)
+    radius = draw(tensors(M, K, dtype=dtype, low=0.0))
+    return draw(tensors(M, K, dtype=dtype)), radius, draw(tensors(N, K, dtype=dtype)), draw(tensors(N, dtype=dtype))
+
+
+def check_boxes(drawn, backend):
+    """The ends of the box by numpy: positive weights keep an end, negative ones take the other."""
+    y, z = kernels.ibp_linear(*drawn, backend=backend)
+    c, r, W, b = (t.double().numpy() for t in drawn)
+    positive, negative = W.clip(min=0), W.clip(max=0)
+    low = (c - r) @ positive.T + (c + r) @ negative.T + b
+    high = (c + r) @ positive.T + (c - r) @ negative.T + b
+    most = (np.abs(c) + r) @ np.abs(W).T + np.abs(b)
+    for found, wanted in ((y, (low + high) / 2), (z, (high - low) / 2)):
+        assert np.abs(found.double().numpy() - wanted).max() <= ROUNDING[y.dtype] * most.max()
+
+
+@REFERENCE
+@given(boxes())
+def test_ibp_linear_reference(drawn):
+    check_boxes(drawn, "reference")
+
+
+@TRITON
+@given(boxes())
+def test_ibp_linear_triton(device, drawn):
+    check_boxes(drawn, "triton")
+
+
+@st.composite
 def stats_rows(draw):
     return draw(tensors(draw(sizes), draw(sizes), dtype=torch.float32)), draw(st.integers(1, 6))
 
