@@ -625,6 +625,38 @@ def test_ibp_linear_triton(device, drawn):
 
 
 @st.composite
+def normalised(draw):
+    B, C, S, dtype = draw(sizes), draw(st.integers(1, 9)), draw(st.integers(1, 9)), draw(dtypes)
+    radius = draw(tensors(B, C, S, dtype=dtype, low=0.0))
+    parameters = (draw(tensors(C, dtype=torch.float32)) for _ in range(2))
+    return draw(tensors(B, C, S, dtype=dtype)), radius, *parameters
+
+
+def check_normalised(drawn, backend):
+    """Both ends of each interval by numpy."""
+    found = kernels.interval_affine_relu(*drawn, True, backend=backend)
+    c, r, k, t = (own.double().numpy() for own in drawn)
+    ends = [(c + sign * r) * k[:, None] + t[:, None] for sign in (-1, 1)]
+    low, high = np.minimum(*ends), np.maximum(*ends)
+    over = [np.maximum(end, 0) for end in (low, high)]
+    wanted = [(over[0] + over[1]) / 2, (over[1] - over[0]) / 2, (low + high) / 2, (high - low) / 2]
+    for own, exact in zip(found, wanted, strict=True):
+        assert np.abs(own.double().numpy() - exact).max() <= ROUNDING[own.dtype] * 21  # 6 times 3, and 3
+
+
+@REFERENCE
+@given(normalised())
+def test_interval_affine_relu_reference(drawn):
+    check_normalised(drawn, "reference")
+
+
+@TRITON
+@given(normalised())
+def test_interval_affine_relu_triton(device, drawn):
+    check_normalised(drawn, "triton")
+
+
+@st.composite
 def stats_rows(draw):
     return draw(tensors(draw(sizes), draw(sizes), dtype=torch.float32)), draw(st.integers(1, 6))
 
