@@ -32,6 +32,8 @@ from polylib.kernels.fake_quantize import code_range, fake_quantize, fake_quanti
 from polylib.kernels.fixed_point import fixed_point, fixed_point_codes, fixed_point_reference, raw_range
 from polylib.kernels.group_rational import group_rational, group_rational_reference
 from polylib.kernels.group_sort import group_sort, group_sort_reference
+from polylib.kernels.ibp_linear import ibp_linear, ibp_linear_reference
+from polylib.kernels.interval_affine_relu import interval_affine_relu, interval_affine_relu_reference
 from polylib.kernels.kernel_attention_rpe import kernel_attention_rpe, kernel_attention_rpe_reference
 from polylib.kernels.masked_gemm_reduce import (
     masked_gemm_adjoint,
@@ -87,6 +89,10 @@ __all__ = [
     "group_rational_reference",
     "group_sort",
     "group_sort_reference",
+    "ibp_linear",
+    "ibp_linear_reference",
+    "interval_affine_relu",
+    "interval_affine_relu_reference",
     "kernel_attention_rpe",
     "kernel_attention_rpe_reference",
     "kronecker_weight",

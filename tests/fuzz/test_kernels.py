@@ -594,6 +594,69 @@ def test_group_sort_triton(device, drawn):
 
 
 @st.composite
+def boxes(draw):
+    M, K, N, dtype = draw(sizes), draw(sizes), draw(sizes), draw(dtypes)
+    radius = draw(tensors(M, K, dtype=dtype, low=0.0))
+    return draw(tensors(M, K, dtype=dtype)), radius, draw(tensors(N, K, dtype=dtype)), draw(tensors(N, dtype=dtype))
+
+
+def check_boxes(drawn, backend):
+    """The ends of the box by numpy: positive weights keep an end, negative ones take the other."""
+    y, z = kernels.ibp_linear(*drawn, backend=backend)
+    c, r, W, b = (t.double().numpy() for t in drawn)
+    positive, negative = W.clip(min=0), W.clip(max=0)
+    low = (c - r) @ positive.T + (c + r) @ negative.T + b
+    high = (c + r) @ positive.T + (c - r) @ negative.T + b
+    most = (np.abs(c) + r) @ np.abs(W).T + np.abs(b)
+    for found, wanted in ((y, (low + high) / 2), (z, (high - low) / 2)):
+        assert np.abs(found.double().numpy() - wanted).max() <= ROUNDING[y.dtype] * most.max()
+
+
+@REFERENCE
+@given(boxes())
+def test_ibp_linear_reference(drawn):
+    check_boxes(drawn, "reference")
+
+
+@TRITON
+@given(boxes())
+def test_ibp_linear_triton(device, drawn):
+    check_boxes(drawn, "triton")
+
+
+@st.composite
+def normalised(draw):
+    B, C, S, dtype = draw(sizes), draw(st.integers(1, 9)), draw(st.integers(1, 9)), draw(dtypes)
+    radius = draw(tensors(B, C, S, dtype=dtype, low=0.0))
+    parameters = (draw(tensors(C, dtype=torch.float32)) for _ in range(2))
+    return draw(tensors(B, C, S, dtype=dtype)), radius, *parameters
+
+
+def check_normalised(drawn, backend):
+    """Both ends of each interval by numpy."""
+    found = kernels.interval_affine_relu(*drawn, True, backend=backend)
+    c, r, k, t = (own.double().numpy() for own in drawn)
+    ends = [(c + sign * r) * k[:, None] + t[:, None] for sign in (-1, 1)]
+    low, high = np.minimum(*ends), np.maximum(*ends)
+    over = [np.maximum(end, 0) for end in (low, high)]
+    wanted = [(over[0] + over[1]) / 2, (over[1] - over[0]) / 2, (low + high) / 2, (high - low) / 2]
+    for own, exact in zip(found, wanted, strict=True):
+        assert np.abs(own.double().numpy() - exact).max() <= ROUNDING[own.dtype] * 21  # 6 times 3, and 3
+
+
+@REFERENCE
+@given(normalised())
+def test_interval_affine_relu_reference(drawn):
+    check_normalised(drawn, "reference")
+
+
+@TRITON
+@given(normalised())
+def test_interval_affine_relu_triton(device, drawn):
+    check_normalised(drawn, "triton")
+
+
+@st.composite
 def stats_rows(draw):
     return draw(tensors(draw(sizes), draw(sizes), dtype=torch.float32)), draw(st.integers(1, 6))
 

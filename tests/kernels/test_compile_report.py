@@ -53,6 +53,8 @@ def is_narrow(op, record):
         small |= {"x", "y"} if record["kernel"] == "few_rows_kernel" else {"words"}
     if op == "group_sort":  # a bit for two entries
         small |= {"words"}
+    if op == "interval_affine_relu":  # a number for each channel
+        small |= {"shift"}
     if op == "masked_gemm_reduce":  # a number for each row, and a word for 32 entries of it
         small |= {"r", "words"}
     if op == "mkor_refresh":  # numbers of a tile and of its rows, and of these one sum for each tile beside it

@@ -69,6 +69,14 @@ SMOOTH = {
         [normal(2, 2, 5), normal(2, 3, seed=1), normal(2, 3, seed=2)],
     ),
     "group_sort": (lambda x: kernels.group_sort(x, 3), [normal(2, 6)]),
+    "ibp_linear": (
+        lambda c, r, w: torch.cat(kernels.ibp_linear(c, r, w), -1),
+        [normal(2, 3), normal(2, 3, seed=1).abs(), normal(2, 3, seed=2)],
+    ),
+    "interval_affine_relu": (
+        lambda c, r, k, t: torch.cat(kernels.interval_affine_relu(c, r, k, t, True)),
+        [normal(2, 3), normal(2, 3, seed=1).abs(), normal(3, seed=2), normal(3, seed=3)],
+    ),
     "sparse_down": (
         lambda v, w: kernels.sparse_down(v, torch.tensor([[0, 2], [1, 1]]), w), [normal(2, 2), normal(3, 4, seed=1)]
     ),
